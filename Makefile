@@ -1,0 +1,48 @@
+# Everything runs in .venv, which `make setup` makes and the other targets bring up to date when needed.
+PYTHON ?= python3
+# What is passed on: make up ARGS="--decode-ranks 2", make test ARGS="-k router".
+ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help setup up demo test test-compose check format
+
+help:
+	@echo "make up            start a cluster on http://127.0.0.1:8000; Ctrl-C stops it"
+	@echo "make demo          kill a rank under sixteen streams and compare every token"
+	@echo "make test          all tests that need neither a GPU nor Docker"
+	@echo "make test-compose  the containers, for real (needs a Docker engine)"
+	@echo "make check         ruff, ruff format, mypy --strict"
+	@echo "make format        rewrite what ruff can mend"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Regrow needs Python 3.11 or later; name one with make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv"
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,dev]'
+	@touch $@
+
+# A lone command without shell syntax is run by make itself: nothing stands between the terminal's Ctrl-C and Regrow.
+up: $(STAMP)
+	@$(BIN)/regrow up $(ARGS)
+
+demo: $(STAMP)
+	@$(BIN)/regrow demo $(ARGS)
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-compose: $(STAMP)
+	@$(BIN)/python -m pytest -m compose --timeout 1800 $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
