@@ -1,0 +1,1 @@
+"""Shared vocabulary of the services: messages, configuration, transport, views, placement."""

@@ -1,0 +1,133 @@
+"""Configuration: one TOML file, frozen structs, unknown keys are errors that name the key.
+
+The monitor's copy is the one in force: it reaches every other process inside its Welcome, so that no two processes of a
+cluster can disagree about a size or a deadline. Only paths, addresses and ports are given to a process directly.
+"""
+
+import tomllib
+from pathlib import Path
+
+import msgspec
+
+EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "models" / "abacus"
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of all sections."""
+
+
+class ModelConfig(_Section, frozen=True):
+    """``[model]``"""
+
+    path: str = str(EMBEDDED_MODEL)  # Hugging Face directory
+    name: str = ""  # name in the API; empty = name of the directory
+
+
+class RouterConfig(_Section, frozen=True):
+    """``[router]``"""
+
+    max_queued: int = 256  # requests in flight per router; beyond: 429
+    max_body_bytes: int = 4 << 20
+    request_deadline_s: float = 300.0
+    no_news_s: float = 1.0  # then ask for what is missing
+    max_asks: int = 3  # unanswered asks, then place again
+    rebalance_difference: int = 2  # move running requests to a new rank while loads differ by more than this
+    drain_s: float = 10.0  # finish streams after SIGTERM
+
+
+class PrefillConfig(_Section, frozen=True):
+    """``[prefill]``"""
+
+    num_workers: int = 1
+    chunk_tokens: int = 256
+    num_kv_blocks: int = 1024
+
+
+class DecodeConfig(_Section, frozen=True):
+    """``[decode]``"""
+
+    num_ranks: int = 4  # desired size of the group
+    max_ranks: int = 8  # buffers and tables are sized for this once
+    max_batch: int = 32  # tokens of one rank in one round
+    block_size: int = 16  # tokens per KV block
+    num_kv_blocks: int = 1024
+    num_redundant_experts: int = -1  # -1: three copies of each, so that any two ranks may be lost
+    operation_deadline_s: float = 2.0  # of dispatch and combine
+    idle_poll_s: float = 0.05
+    lonely_s: float = 30.0  # neither monitor nor header round for this long: leave the slot
+
+
+class MonitorConfig(_Section, frozen=True):
+    """``[monitor]``"""
+
+    tick_s: float = 0.05
+    late_tick_s: float = 0.5  # a tick later than this restarts all timers
+    heartbeat_s: float = 0.1
+    heartbeat_timeout_s: float = 3.0
+    lifeline_suspicion_s: float = 0.05
+    roll_call_s: float = 2.0
+    adopt_timeout_s: float = 5.0  # a member that does not report a published view by then is removed
+    prepare_timeout_s: float = 60.0
+    formation_s: float = 20.0  # first view: wait this long for the desired size
+    planner_wait_s: float = 2.0
+
+
+class PlannerConfig(_Section, frozen=True):
+    """``[planner]``"""
+
+    window_s: float = 60.0
+    log_balancedness: bool = True
+
+
+class AgentConfig(_Section, frozen=True):
+    """``[agent]``"""
+
+    restart_backoff_s: float = 0.1
+    restart_backoff_max_s: float = 5.0
+    give_up_after: int = 8  # deaths within give_up_window_s
+    give_up_window_s: float = 60.0
+    stop_s: float = 8.0  # SIGTERM, then SIGKILL
+
+
+class ClusterConfig(_Section, frozen=True):
+    """The whole file."""
+
+    model: ModelConfig = ModelConfig()
+    router: RouterConfig = RouterConfig()
+    prefill: PrefillConfig = PrefillConfig()
+    decode: DecodeConfig = DecodeConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    planner: PlannerConfig = PlannerConfig()
+    agent: AgentConfig = AgentConfig()
+
+
+def load_config(path: Path | None) -> ClusterConfig:
+    """Reads and validates ``path`` (None = defaults). Raises ValueError with one line that names file and key."""
+    if path is None:
+        return ClusterConfig()
+    try:
+        table = tomllib.loads(path.read_text())
+        config = msgspec.convert(table, ClusterConfig)
+        validate(config)
+    except OSError as error:
+        raise ValueError(f"cannot read configuration {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError, ValueError) as error:
+        raise ValueError(f"configuration {path}: {error}") from None
+    return config
+
+
+def validate(config: ClusterConfig) -> None:
+    """Raises ValueError on values that cannot work together."""
+    decode = config.decode
+    if not 1 <= decode.num_ranks <= decode.max_ranks <= 64:
+        raise ValueError(
+            f"need 1 <= decode.num_ranks <= decode.max_ranks <= 64, got {decode.num_ranks} and {decode.max_ranks}"
+        )
+    if config.prefill.num_workers < 1:
+        raise ValueError(f"prefill.num_workers must be at least 1, got {config.prefill.num_workers}")
+    for section in msgspec.structs.asdict(config).values():
+        for key, value in msgspec.structs.asdict(section).items():
+            if isinstance(value, float) and value <= 0:
+                raise ValueError(f"{key} must be positive, got {value}")
+            if isinstance(value, int) and value < 1 and key not in ("num_redundant_experts", "rebalance_difference"):
+                raise ValueError(f"{key} must be at least 1, got {value}")

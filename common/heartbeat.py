@@ -1,0 +1,70 @@
+"""Heartbeats from a thread of their own: a busy event loop or a long matrix product must not look like death.
+
+The thread owns its socket. ``beat`` is called on it and must only read plain attributes; replies are handed to
+``on_reply`` on the same thread (the caller passes them on with ``loop.call_soon_threadsafe``).
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable
+
+import zmq
+
+from common.ids import ProcessId
+from common.messages import Heartbeat, HeartbeatReply, MalformedMessage, decode, encode
+
+IDENTITY_SUFFIX = "#beat"
+
+
+class HeartbeatThread:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        process: ProcessId,
+        address: str,
+        interval_s: float,
+        beat: Callable[[], Heartbeat],
+        on_reply: Callable[[HeartbeatReply], None],
+    ) -> None:
+        self._context, self._process, self._address = context, process, address
+        self._interval_s, self._beat, self._on_reply = interval_s, beat, on_reply
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        socket = self._context.socket(zmq.DEALER)
+        socket.linger = 0
+        socket.sndhwm = 4  # a monitor that is away must not find minutes of old heartbeats
+        socket.setsockopt_string(zmq.IDENTITY, self._process + IDENTITY_SUFFIX)
+        socket.reconnect_ivl, socket.reconnect_ivl_max = 20, 500
+        socket.connect(self._address)
+        try:
+            while not self._stop.is_set():
+                # Again = not connected: the monitor counts the silence, there is nothing else to do here.
+                with contextlib.suppress(zmq.Again):
+                    socket.send(encode(self._beat()), flags=zmq.DONTWAIT)
+                # Poll in place of sleeping: replies that tell of a new epoch are read at once.
+                if socket.poll(int(self._interval_s * 1000)):
+                    while self._read(socket):
+                        pass
+                    self._stop.wait(self._interval_s / 2)
+        finally:
+            socket.close(0)
+
+    def _read(self, socket: zmq.Socket[bytes]) -> bool:
+        try:
+            message = decode(socket.recv(flags=zmq.DONTWAIT))
+        except zmq.Again:
+            return False
+        except MalformedMessage:
+            return True
+        if isinstance(message, HeartbeatReply):
+            self._on_reply(message)
+        return True

@@ -1,0 +1,165 @@
+"""A process's side of its relation to the monitor: hello until welcomed, lifeline, heartbeats, asking when behind.
+
+Used by the shells of all services but the monitor. It obeys one monitor per term (`common.allegiance`) and hands
+everything else, in order, to ``on_message``. Messages of refused monitors never get there.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+import zmq.asyncio
+
+from common.allegiance import Allegiance
+from common.heartbeat import HeartbeatThread
+from common.ids import ProcessId
+from common.messages import (
+    AskView,
+    Directory,
+    Heartbeat,
+    HeartbeatReply,
+    Hello,
+    Message,
+    Prepare,
+    Refusal,
+    RollCall,
+    View,
+    Welcome,
+)
+from common.monitor_address import MonitorAddress
+from common.service_runner import OperatorError
+from common.transport import Link
+
+_HELLO_AGAIN_S = 0.5
+_RECONNECT_S = 0.1
+
+log = logging.getLogger("regrow.monitor_client")
+
+
+class MonitorClient:
+    """``hello`` and ``beat`` are asked for the present state each time one is sent."""
+
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        process: ProcessId,
+        address: MonitorAddress,
+        hello: Callable[[], Hello],
+        beat: Callable[[], Heartbeat],
+        on_message: Callable[[Message], None],
+        heartbeat_s: float = 0.1,
+    ) -> None:
+        self._process, self._address, self._hello, self._beat, self._on_message = (
+            process,
+            address,
+            hello,
+            beat,
+            on_message,
+        )
+        self._link = Link(context, process, address.control)
+        self._allegiance = Allegiance()
+        self._directory_version = 0
+        self._welcomed = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        sync_context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(context.underlying)
+        self._heartbeats = HeartbeatThread(
+            sync_context, process, address.control, heartbeat_s, beat, self._hand_reply_to_loop
+        )
+
+    @property
+    def term(self) -> int:
+        return self._allegiance.term
+
+    @property
+    def monitor(self) -> str:
+        return self._allegiance.monitor
+
+    def accepts(self, view: View | Directory) -> bool:
+        """For views that came another way (bus, peers): the same allegiance decides."""
+        return self._allegiance.accepts(view.term, view.monitor)
+
+    def send(self, message: Message) -> None:
+        self._link.send(message)
+
+    def say_hello(self) -> None:
+        """Again, because something that Hello carries has changed (a slot left, a new heap)."""
+        self._welcomed.clear()
+
+    async def run(self) -> None:
+        """Runs until cancelled; raises OperatorError when the monitor refuses this process for good."""
+        self._heartbeats.start()
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._receive())
+                group.create_task(self._greet())
+                group.create_task(self._hold_lifeline())
+        except* OperatorError as group_error:
+            raise group_error.exceptions[0] from None
+        finally:
+            await asyncio.to_thread(self._heartbeats.stop)
+            self._link.close()
+
+    async def _greet(self) -> None:
+        while True:
+            if not self._welcomed.is_set():
+                self._link.send(self._hello())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_HELLO_AGAIN_S):
+                    await self._welcomed.wait()
+                    await asyncio.sleep(_HELLO_AGAIN_S)
+
+    async def _receive(self) -> None:
+        while True:
+            message, _ = await self._link.receive()
+            self._handle(message)
+
+    def _handle(self, message: Message) -> None:
+        match message:
+            case Refusal(reason=reason, final=True):
+                raise OperatorError(f"the monitor at {self._address} refuses this process: {reason}")
+            case Refusal(reason=reason):
+                log.warning("monitor refuses: %s", reason)
+                return
+            case Welcome(monitor=monitor, term=term) | RollCall(monitor=monitor, term=term):
+                if not self._allegiance.accepts(term, monitor):
+                    return
+            case View() | Directory():
+                if not self.accepts(message):
+                    return
+            case Prepare(view=view):
+                if not self.accepts(view):
+                    return
+            case _:
+                pass
+        if isinstance(message, Welcome):
+            self._welcomed.set()
+            self._directory_version = message.directory.version
+        elif isinstance(message, Directory):
+            self._directory_version = message.version
+        self._on_message(message)
+
+    def _hand_reply_to_loop(self, reply: HeartbeatReply) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is already closed: the process is on its way out
+            self._loop.call_soon_threadsafe(self._on_reply, reply)
+
+    def _on_reply(self, reply: HeartbeatReply) -> None:
+        new_term = reply.term > self._allegiance.term
+        if not self._allegiance.accepts(reply.term, reply.monitor):
+            return
+        if new_term or not reply.known:
+            self._welcomed.clear()
+        elif reply.epoch > self._beat().epoch or reply.directory_version > self._directory_version:
+            self._link.send(AskView(self._process))
+
+    async def _hold_lifeline(self) -> None:
+        """A plain TCP stream that the kernel closes when this process dies, however it dies."""
+        while True:
+            with contextlib.suppress(OSError):
+                reader, writer = await asyncio.open_connection(self._address.host, self._address.lifeline_port)
+                try:
+                    writer.write(self._process.encode() + b"\n")
+                    await reader.read()  # returns when the monitor is gone
+                finally:
+                    writer.close()
+            await asyncio.sleep(_RECONNECT_S)
