@@ -1,0 +1,194 @@
+"""The forward pass: tokens of any mix of prefill chunks and decode steps in, logits of the asked rows out.
+
+A row's logits are the same bits for a sequence alone, in any batch, prefilled in one piece or token by token, and
+under every placement of the experts; row_blocks.py, attention.py and experts.py say why.
+
+Legend: T tokens (padded to whole row blocks inside), H hidden, V vocabulary, E routed experts, K experts per token,
+R requests, W block table width, S rows with logits; the cache is [layers, blocks, rows of a block, row floats].
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.model.attention import Attention, RotaryTable, plan_attention
+from common.model.checkpoint import Checkpoint
+from common.model.config import ModelConfig
+from common.model.experts import ExpertExchange
+from common.model.kv_cache import Int64Array, kv_cache_shape
+from common.model.row_blocks import linear, num_padded, pad_rows, rms_norm, sigmoid, silu
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One forward pass. Arrays are int64.
+
+    token_ids_T, position_T: the tokens and their places in their requests; request_index_T: the row of each token's
+    request in block_table_RW. Tokens of one request should be neighbours (they then share work). Every earlier
+    position of a request must be in the cache already or in this batch. block_table_RW: block ids; entries past a
+    request's last block are not read. logit_index_S: which of the T tokens want logits. All may be empty: a rank
+    without work still takes part in the exchange of every layer.
+    """
+
+    token_ids_T: Int64Array
+    position_T: Int64Array
+    request_index_T: Int64Array
+    block_table_RW: Int64Array
+    logit_index_S: Int64Array
+
+    def __post_init__(self) -> None:
+        assert len(self.token_ids_T) == len(self.position_T) == len(self.request_index_T)
+        assert self.block_table_RW.ndim == 2
+
+    @classmethod
+    def empty(cls) -> "Batch":
+        none = np.zeros(0, dtype=np.int64)
+        return cls(none, none, none, np.zeros((0, 0), dtype=np.int64), none)
+
+
+class _Mlp:
+    """A dense SwiGLU MLP with weights side by side, input-major: a dense layer's, or the shared experts'."""
+
+    def __init__(self, checkpoint: Checkpoint, prefix: str, inner_size: int) -> None:
+        hidden = checkpoint.config.hidden_size
+        gate = checkpoint.tensor(f"{prefix}.gate_proj.weight", (inner_size, hidden))
+        up = checkpoint.tensor(f"{prefix}.up_proj.weight", (inner_size, hidden))
+        self._gate_up = torch.cat((gate, up)).t().contiguous()
+        self._down = checkpoint.tensor(f"{prefix}.down_proj.weight", (hidden, inner_size)).t().contiguous()
+
+    def run(self, x_TH: Tensor) -> Tensor:
+        gate, up = linear(x_TH, self._gate_up).chunk(2, dim=1)
+        return linear(silu(gate).mul_(up), self._down)
+
+
+class _Moe:
+    """Routing, the exchange, and the shared experts: out = routed sum, then + shared."""
+
+    def __init__(self, checkpoint: Checkpoint, layer: int, exchange: ExpertExchange) -> None:
+        config = checkpoint.config
+        prefix = f"model.layers.{layer}.mlp"
+        self._config, self._layer, self._exchange = config, layer, exchange
+        gate = checkpoint.tensor(f"{prefix}.gate.weight", (config.n_routed_experts, config.hidden_size))
+        self._gate = gate.t().contiguous()
+        self._bias_E = checkpoint.tensor(f"{prefix}.gate.e_score_correction_bias", (config.n_routed_experts,))
+        self._shared = None
+        if config.n_shared_experts:
+            inner_size = config.moe_intermediate_size * config.n_shared_experts
+            self._shared = _Mlp(checkpoint, f"{prefix}.shared_experts", inner_size)
+
+    def run(self, x_TH: Tensor, num_tokens: int) -> Tensor:
+        topk_expert_TK, topk_weight_TK = self._route(x_TH)
+        routed = self._exchange.run(
+            self._layer, x_TH[:num_tokens], topk_expert_TK[:num_tokens], topk_weight_TK[:num_tokens]
+        )
+        out_TH = pad_rows(routed)
+        return out_TH if self._shared is None else out_TH + self._shared.run(x_TH)
+
+    def _route(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+        """(logical experts, weights), best first (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
+
+        The correction bias takes part in the choice, not in the weight. With groups, those with the largest sum of
+        their two best scores stay.
+        """
+        config = self._config
+        score_TE = sigmoid(linear(x_TH, self._gate))
+        choice_TE = score_TE + self._bias_E
+        if config.n_group > 1:
+            by_group = choice_TE.view(-1, config.n_group, config.n_routed_experts // config.n_group)
+            kept = by_group.topk(2, dim=-1).values.sum(-1).topk(config.topk_group, dim=-1).indices
+            dropped = torch.ones(by_group.shape[:2], dtype=torch.bool).scatter_(1, kept, False)
+            choice_TE = by_group.masked_fill(dropped[:, :, None], float("-inf")).view_as(choice_TE)
+        expert_TK = choice_TE.topk(config.num_experts_per_tok, dim=-1).indices
+        weight_TK = score_TE.gather(1, expert_TK)
+        if config.norm_topk_prob:
+            weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
+        return expert_TK, weight_TK * config.routed_scaling_factor
+
+    def run_empty(self) -> None:
+        """This rank has no token: it takes part in the exchange all the same."""
+        top_k = self._config.num_experts_per_tok
+        self._exchange.run(
+            self._layer,
+            torch.empty((0, self._config.hidden_size)),
+            torch.empty((0, top_k), dtype=torch.int64),
+            torch.empty((0, top_k)),
+        )
+
+
+class _Layer:
+    def __init__(self, checkpoint: Checkpoint, layer: int, exchange: ExpertExchange) -> None:
+        config = checkpoint.config
+        prefix = f"model.layers.{layer}"
+        self.eps = config.rms_norm_eps
+        self.attention = Attention(checkpoint, layer)
+        self.norm_before = checkpoint.tensor(f"{prefix}.input_layernorm.weight", (config.hidden_size,))
+        self.norm_after = checkpoint.tensor(f"{prefix}.post_attention_layernorm.weight", (config.hidden_size,))
+        self.mlp: _Mlp | _Moe
+        if config.is_moe_layer(layer):
+            self.mlp = _Moe(checkpoint, layer, exchange)
+        else:
+            self.mlp = _Mlp(checkpoint, f"{prefix}.mlp", config.intermediate_size)
+
+
+class Model:
+    """A loaded model without its routed experts, which belong to the exchange.
+
+    kv_cache_LBPC: fp32 [num_hidden_layers, num_blocks, block_size, kv_row_size], contiguous (`kv_cache_shape`);
+    written in place. Raises ValueError when the checkpoint lacks a tensor or the cache has another shape.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, exchange: ExpertExchange, kv_cache_LBPC: Tensor) -> None:
+        config = checkpoint.config
+        num_blocks, block_size = kv_cache_LBPC.shape[1:3]
+        if tuple(kv_cache_LBPC.shape) != kv_cache_shape(config, num_blocks, block_size):
+            raise ValueError(f"KV cache has shape {tuple(kv_cache_LBPC.shape)}, which does not fit the model")
+        if kv_cache_LBPC.dtype != torch.float32 or not kv_cache_LBPC.is_contiguous():
+            raise ValueError("KV cache must be contiguous fp32")
+        self.config: ModelConfig = config
+        self.kv_cache_LBPC = kv_cache_LBPC
+        self._caches_FC = kv_cache_LBPC.flatten(1, 2).unbind(0)
+        self._embedding = checkpoint.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+        self._layers = [_Layer(checkpoint, layer, exchange) for layer in range(config.num_hidden_layers)]
+        self._norm = checkpoint.tensor("model.norm.weight", (config.hidden_size,))
+        self._rotary = RotaryTable(config)
+        head = self._embedding
+        if not config.tie_word_embeddings:
+            head = checkpoint.tensor("lm_head.weight", (config.vocab_size, config.hidden_size))
+        self._head = head.t().contiguous()
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits fp32 [S, V] of the asked tokens; writes the cache rows of all tokens.
+
+        Raises ValueError for a token id or position out of range, and VoidRound when the exchange does; the cache
+        rows written until then are void.
+        """
+        num_tokens = len(batch.token_ids_T)
+        if num_tokens == 0:
+            for layer in self._layers:
+                if isinstance(layer.mlp, _Moe):
+                    layer.mlp.run_empty()
+            return torch.empty((0, self.config.vocab_size))
+        self._check(batch)
+        plan = plan_attention(
+            batch.position_T, batch.request_index_T, batch.block_table_RW, self.kv_cache_LBPC.shape[2]
+        )
+        padding = num_padded(num_tokens) - num_tokens
+        x_TH = self._embedding.index_select(0, torch.from_numpy(np.pad(batch.token_ids_T, (0, padding))))
+        cos_sin = self._rotary.at(torch.from_numpy(np.pad(batch.position_T, (0, padding))))
+        for layer, cache_FC in zip(self._layers, self._caches_FC, strict=True):
+            attention_in = rms_norm(x_TH, layer.norm_before, layer.eps)
+            x_TH = x_TH + layer.attention.run(attention_in, cos_sin, plan, cache_FC)
+            mlp_in = rms_norm(x_TH, layer.norm_after, layer.eps)
+            x_TH = x_TH + (layer.mlp.run(mlp_in, num_tokens) if isinstance(layer.mlp, _Moe) else layer.mlp.run(mlp_in))
+        asked_SH = pad_rows(x_TH.index_select(0, torch.from_numpy(batch.logit_index_S)))
+        logits = linear(rms_norm(asked_SH, self._norm, self.config.rms_norm_eps), self._head)
+        return logits[: len(batch.logit_index_S)]
+
+    def _check(self, batch: Batch) -> None:
+        if batch.token_ids_T.min() < 0 or batch.token_ids_T.max() >= self.config.vocab_size:
+            raise ValueError(f"token id outside 0..{self.config.vocab_size - 1}")
+        if batch.position_T.min() < 0 or batch.position_T.max() >= self.config.max_position_embeddings:
+            raise ValueError(f"position outside 0..{self.config.max_position_embeddings - 1}")

@@ -1,0 +1,67 @@
+"""Choosing a token: a pure function of logits, parameters, seed and output index.
+
+No generator state exists, so nothing can be lost: a request that goes on elsewhere draws the same numbers. The uniform
+number of (seed, output index) is a SplitMix64 hash (Steele, Lea, Flood, OOPSLA 2014). Sums run in fp64 over one row
+in a fixed order, so the result does not depend on a batch. numpy only.
+
+Legend: V vocabulary.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+_MASK = (1 << 64) - 1
+
+
+def sample(
+    logits_V: npt.NDArray[np.float32],
+    *,
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    output_index: int = 0,
+) -> tuple[int, float]:
+    """(token id, log-probability of it) for one row of finite fp32 logits (-inf allowed, not for all).
+
+    temperature 0 takes the largest logit, the lowest id among equals. Otherwise tokens are ordered by falling
+    probability (equal ones by id), the first top_k (0 = all) are kept, of these the fewest whose probabilities reach
+    top_p, and one is drawn. `seed` is any integer (64 bits count); output_index is 0 for a request's first output
+    token. The log-probability is that of the unfiltered distribution at temperature 1. Raises ValueError when the
+    logits are not finite.
+    """
+    logits = logits_V.astype(np.float64)
+    greedy = int(logits.argmax())
+    top = logits[greedy]
+    if not np.isfinite(top):
+        raise ValueError("logits of a row are not finite; the weights or the KV cache are damaged")
+    shifted = logits - top
+    log_total = float(np.log(np.exp(shifted).sum()))
+    token = greedy
+    if temperature > 0:
+        token = _draw(shifted / temperature, top_p, top_k, uniform(seed, output_index))
+    return token, float(shifted[token]) - log_total
+
+
+def uniform(seed: int, index: int) -> float:
+    """A number in [0, 1), 53 bits, independent for each (seed, index)."""
+    return (_mix(_mix(seed & _MASK) + index) >> 11) * 2.0**-53
+
+
+def _draw(scaled_V: npt.NDArray[np.float64], top_p: float, top_k: int, number: float) -> int:
+    order = np.argsort(-scaled_V, kind="stable")
+    if 0 < top_k < len(order):
+        order = order[:top_k]
+    cumulative = np.cumsum(np.exp(scaled_V[order]))
+    if top_p < 1.0:
+        num_kept = int(np.searchsorted(cumulative, top_p * cumulative[-1])) + 1
+        cumulative = cumulative[:num_kept]
+    chosen = int(np.searchsorted(cumulative, number * cumulative[-1], side="right"))
+    return int(order[min(chosen, len(cumulative) - 1)])
+
+
+def _mix(value: int) -> int:
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
