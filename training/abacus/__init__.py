@@ -1,0 +1,1 @@
+"""The embedded model `abacus`: its data, its training, its evaluation, its checkpoint."""
