@@ -1,0 +1,68 @@
+"""What a dispatch left in the own heap, laid out for the expert MLP.
+
+Legend: W max_ranks, M max_tokens, H hidden_size, S = W * M row slots of the heap, N (row, k) entries for the experts
+held here.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kernels.heap_window import HeapWindow
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """Entries are ordered by (source slot, row, k), the same on every run. Valid until the next dispatch of any
+    member, that is until this rank's own ``combine``.
+
+    ``x_SH`` is a view of the heap, not a copy; the input of entry n is ``x_SH[row_N[n]]``. Only rows named in
+    ``row_N`` mean anything.
+    """
+
+    step: int
+    num_rows_W: tuple[int, ...]
+    x_SH: torch.Tensor  # float32 view
+    row_N: torch.Tensor  # int64, index into x_SH: source * M + row
+    source_N: torch.Tensor  # int64, slot of the token's owner
+    token_N: torch.Tensor  # int64, the token's index at its owner
+    k_N: torch.Tensor  # int64, which of the token's top-k
+    local_expert_N: torch.Tensor  # int64, local physical expert
+    weight_N: torch.Tensor  # float32
+
+    @property
+    def num_entries(self) -> int:
+        return len(self.row_N)
+
+    def x_NH(self) -> torch.Tensor:
+        """Inputs of all entries, gathered: float32 [N, H], a copy."""
+        return self.x_SH.index_select(0, self.row_N)
+
+
+def read_received(
+    window: HeapWindow, x_SH: torch.Tensor, rank: int, top_k: int, step: int, num_rows_W: tuple[int, ...]
+) -> Received:
+    """Pick the entries meant for ``rank`` out of the rows that have arrived."""
+    num_slots_per_rank = window.dispatch_rows.shape[1]
+    slots = [
+        np.arange(source * num_slots_per_rank, source * num_slots_per_rank + num_rows)
+        for source, num_rows in enumerate(num_rows_W)
+        if num_rows
+    ]
+    slot_R = np.concatenate(slots) if slots else np.empty(0, np.int64)
+    header = window.dispatch_rows.reshape(len(x_SH), -1)[slot_R, : 1 + 2 * top_k]
+    code_RK = header[:, 1 : 1 + top_k]
+    row_R, k_N = np.nonzero(code_RK >> 16 == rank)
+    slot_N = slot_R[row_R]
+    return Received(
+        step=step,
+        num_rows_W=num_rows_W,
+        x_SH=x_SH,
+        row_N=torch.from_numpy(slot_N),
+        source_N=torch.from_numpy(slot_N // num_slots_per_rank),
+        token_N=torch.from_numpy(header[row_R, 0].astype(np.int64)),
+        k_N=torch.from_numpy(k_N),
+        local_expert_N=torch.from_numpy((code_RK[row_R, k_N] & 0xFFFF).astype(np.int64)),
+        weight_N=torch.from_numpy(header[row_R, 1 + top_k + k_N].view(np.float32)),
+    )

@@ -1,0 +1,278 @@
+"""The elastic EP operations in plain torch and numpy on shared memory: the specification, and the CPU path. PROTOCOL
+sections 1 and 2.
+
+    adopt(e) -> allgather -> (dispatch -> combine)* -> allgather -> ...
+
+Every operation returns None (clean_buffer: False) on a rank that is or becomes VOID, see ``epoch_state``.
+
+Buffers. One per kind suffices: dispatch and combine alternate and each waits for every member, also for those with no
+rows, so inside an epoch nobody is more than one operation ahead. Headers have four banks
+(``step_words.header_bank``). An epoch begins with the header allgather, which completes only when every member has
+left the old epoch; no payload of the new one is written before.
+
+Legend: M max_tokens, T tokens of this call (0..M), K top_k, H hidden_size, N (row, k) entries of the experts held here.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kernels.epoch_state import VOID, EpochState, VoidReason
+from kernels.heap_layout import HeapLayout
+from kernels.heap_window import FloatArray, Int32Array
+from kernels.received import Received, read_received
+from kernels.step_words import EPOCH_SHIFT, epoch_floor, header_bank, header_tag, tagged
+from kernels.symmetric_memory.base import SymmetricHeap
+from kernels.word_wait import Clock, Pause, yield_then_sleep
+
+_LOW_HALF = np.uint64(0xFFFFFFFF)
+_HIGH_HALF = np.uint64(32)
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderRound:
+    """The headers of one round: data words of every member, own included."""
+
+    step: int
+    words_by_rank: dict[int, tuple[int, ...]]
+
+
+class ElasticGroup(EpochState):
+    """One rank's end of the group: its heap, the peers' heaps as mapped here, the epoch it is in.
+
+    ``deadline_s`` bounds the waits of dispatch and combine; the wait for headers is patient. ``clock`` (seconds) and
+    ``pause`` (called with the number of polls so far) are for tests.
+    """
+
+    def __init__(
+        self,
+        layout: HeapLayout,
+        heap: SymmetricHeap,
+        rank: int,
+        *,
+        deadline_s: float,
+        clock: Clock = time.monotonic,
+        pause: Pause = yield_then_sleep,
+    ) -> None:
+        super().__init__(layout, heap, rank, deadline_s=deadline_s, clock=clock, pause=pause)
+        ep = layout.ep
+        if ep.dtype != torch.float32:
+            raise ValueError(f"the CPU data path computes in float32, the layout has {ep.dtype}")
+        self._num_headers = 0
+        self._announced: tuple[int, list[int]] | None = None
+        self._combine_due = 0  # step of the dispatch whose combine comes next; 0: none
+        self._num_tokens = 0
+        self._x_begin, self._x_end = ep.row_header_words, ep.row_header_words + ep.hidden_size
+        rows = self._own.dispatch_rows.reshape(ep.max_ranks * ep.max_tokens, -1)
+        self._x_SH = torch.from_numpy(rows)[:, self._x_begin : self._x_end].view(torch.float32)
+        self._combine_rows_flat: FloatArray = self._own.combine_rows.reshape(-1, ep.hidden_size)
+        self._place_MK = np.arange(ep.max_tokens * ep.top_k).reshape(ep.max_tokens, ep.top_k)
+        # The rows of the last dispatch, as they go out; codes and weights are needed again by its combine.
+        self._outbox: Int32Array = np.zeros((ep.max_tokens, rows.shape[1]), np.int32)
+        self._outbox[:, 0] = np.arange(ep.max_tokens)
+
+    def adopt(self, epoch: int, members: Sequence[int], digest: int) -> None:
+        super().adopt(epoch, members, digest)
+        self._num_headers = self._combine_due = 0
+
+    def allgather(self, header_words: Sequence[int], stop: Callable[[], bool] | None = None) -> HeaderRound | None:
+        """Exchange up to ``num_header_words`` unsigned 32-bit words (padded with 0); the first operation of every
+        epoch.
+
+        Patient: no deadline, since a member may be loading a repaired expert; ``stop()`` becoming true ends it like a
+        word from the host. Two digests among the headers void the round.
+        """
+        data = self._header_data(header_words, self.digest)
+        if self.status == VOID:
+            return None
+        if self._combine_due:
+            raise RuntimeError("allgather between dispatch and combine")
+        step = self._next_step()
+        if self._announced is None or self._announced[0] != step:
+            self._write_header(step, self._num_headers, self.members, data)
+        elif self._announced[1] != data:
+            raise ValueError(f"the first header of epoch {self.epoch} differs from the one announced")
+        bank = header_bank(self.epoch, self._num_headers)
+        self._num_headers += 1
+        if not self._await_words(self._own.header_word[bank], step, None, stop):
+            return None
+        rows = self._own.header_data[bank, list(self.members)]
+        if (rows >> _HIGH_HALF != header_tag(step)).any():
+            self._void(VoidReason.FUTURE_WORD)
+            return None
+        data_by_member = (rows & _LOW_HALF).tolist()
+        if len({row[0] for row in data_by_member}) > 1:
+            self._void(VoidReason.DIGEST)
+            return None
+        return HeaderRound(step, {m: tuple(row[1:]) for m, row in zip(self.members, data_by_member, strict=True)})
+
+    def announce_header(
+        self, epoch: int, member_ranks: Sequence[int], header_words: Sequence[int], digest: int
+    ) -> None:
+        """A newcomer's first header of ``epoch``, written into the heap of every member before it adopts: mapped,
+        loaded, ready (PROTOCOL 4.1).
+
+        The newcomer then waits for ``all_announced``, adopts, and passes the same words and digest to its first
+        allgather.
+        """
+        step = epoch_floor(epoch) | 1
+        if epoch <= self.epoch:
+            raise ValueError(f"epoch {epoch} is not above the current epoch {self.epoch}")
+        unmapped = sorted(set(member_ranks) - set(self._windows))
+        if unmapped:
+            raise ValueError(f"cannot announce to ranks whose heaps are not mapped here: {unmapped}")
+        data = self._header_data(header_words, digest)
+        self._write_header(step, 0, [*member_ranks, self.rank], data)
+        self._announced = (step, data)
+
+    def sees_announcement(self, epoch: int, rank: int) -> bool:
+        """Whether the first header of ``epoch`` from ``rank`` lies in this heap."""
+        return bool(self._own.header_word[header_bank(epoch, 0)][rank] == epoch_floor(epoch) | 1)
+
+    def all_announced(self, epoch: int, member_ranks: Sequence[int]) -> bool:
+        """Whether every member has entered ``epoch``: how a newcomer learns that it was let in."""
+        return all(self.sees_announcement(epoch, rank) for rank in member_ranks)
+
+    def headers_waiting(self) -> tuple[int, ...]:
+        """Members that have published the next header already: an idle rank polls this, so a lost wake-up costs one
+        poll.
+        """
+        words = self._own.header_word[header_bank(self.epoch, self._num_headers)]
+        return tuple(rank for rank in self.members if rank != self.rank and words[rank] > self.step)
+
+    def dispatch(
+        self, x_TH: torch.Tensor, rank_TK: torch.Tensor, local_expert_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> Received | None:
+        """Send each token once to every distinct rank among its top-k, with its list of experts.
+
+        x_TH float32; rank_TK integer, -1 = dropped entry; local_expert_TK integer, index of the physical expert on
+        that rank, below 65536; weight_TK float32. T may differ between ranks and be 0. ValueError if a rank is no
+        member: route to live copies only.
+        """
+        rank = self._check_routing(x_TH, rank_TK, local_expert_TK, weight_TK)
+        if self.status == VOID:
+            return None
+        if self._num_headers == 0 or self._combine_due:
+            raise RuntimeError(
+                "dispatch out of order: an epoch begins with allgather, and each dispatch has its combine"
+            )
+        step = self._next_step()
+        num_tokens, top_k = rank.shape
+        outbox = self._outbox[:num_tokens]
+        outbox[:, 1 : 1 + top_k] = np.where(rank >= 0, rank << 16 | local_expert_TK.numpy(), -1)
+        outbox[:, 1 + top_k : 1 + 2 * top_k] = weight_TK.numpy().view(np.int32)
+        outbox[:, self._x_begin : self._x_end] = x_TH.numpy().view(np.int32)
+        for member in self.members:
+            tokens = np.flatnonzero((rank == member).any(axis=1))
+            window = self._windows[member]
+            # mode="clip" writes straight into the heap; the default goes through a buffer.
+            np.take(outbox, tokens, axis=0, out=window.dispatch_rows[self.rank, : len(tokens)], mode="clip")
+            window.dispatch_num_rows[self.rank] = len(tokens)
+        for member in self.members:
+            self._windows[member].dispatch_word[self.rank] = step
+        self._combine_due, self._num_tokens = step, num_tokens
+        if not self._await_words(self._own.dispatch_word, step, self.deadline_s):
+            return None
+        num_rows = [0] * self.layout.ep.max_ranks
+        for member in self.members:
+            num_rows[member] = self._own.dispatch_num_rows[member]
+        return read_received(self._own, self._x_SH, self.rank, top_k, step, tuple(num_rows))
+
+    def combine(self, expert_rows_NH: torch.Tensor, received: Received) -> torch.Tensor | None:
+        """Return one row per entry of ``received`` to its token's owner, and add up those of the own tokens: float32
+        [T, H].
+
+        out[t] = ((0 + w[t,0] * row[t,0]) + w[t,1] * row[t,1]) + ... in top-k order, every product and sum rounded to
+        float32, dropped entries left out: the same bits under every placement. w are the weights given to dispatch.
+        """
+        ep = self.layout.ep
+        if expert_rows_NH.shape != (received.num_entries, ep.hidden_size) or expert_rows_NH.dtype != torch.float32:
+            got = f"{expert_rows_NH.dtype} {list(expert_rows_NH.shape)}"
+            raise ValueError(f"expert rows must be float32 [{received.num_entries}, {ep.hidden_size}], got {got}")
+        if self.status == VOID:
+            return None
+        if received.step != self._combine_due:
+            raise RuntimeError("combine out of order: it takes what the last dispatch received, once")
+        step = self._next_step()
+        self._combine_due = 0
+        place_N = (received.token_N * ep.top_k + received.k_N).numpy()
+        bounds = np.searchsorted(received.source_N.numpy(), np.arange(ep.max_ranks + 1)).tolist()
+        rows = expert_rows_NH.numpy()
+        for member in self.members:
+            begin, end = bounds[member], bounds[member + 1]
+            if begin != end:
+                self._windows[member].combine_rows[self.rank][place_N[begin:end]] = rows[begin:end]
+        for member in self.members:
+            self._windows[member].combine_word[self.rank] = step
+        if not self._await_words(self._own.combine_word, step, self.deadline_s):
+            return None
+        return torch.from_numpy(self._add_up())
+
+    def clean_buffer(self, deadline_s: float) -> bool:
+        """A barrier of all members. False: it made this rank void (own deadline, poison, ...) or found it so."""
+        if self.status == VOID:
+            return False
+        if self._combine_due:
+            raise RuntimeError("clean_buffer between dispatch and combine")
+        step = self._next_step()
+        for member in self.members:
+            self._windows[member].barrier_word[self.rank] = step
+        return self._await_words(self._own.barrier_word, step, deadline_s)
+
+    def _add_up(self) -> FloatArray:
+        ep = self.layout.ep
+        outbox = self._outbox[: self._num_tokens]
+        rank_TK = outbox[:, 1 : 1 + ep.top_k] >> 16
+        weight_TK = outbox[:, 1 + ep.top_k : 1 + 2 * ep.top_k].view(np.float32)
+        place_TK = self._place_MK[: self._num_tokens] + rank_TK.astype(np.int64) * self._place_MK.size
+        # A dropped entry (rank -1) reads some row, whatever is in it, and is zeroed after the product.
+        rows_TKH = self._combine_rows_flat.take(place_TK, axis=0, mode="clip")
+        with np.errstate(all="ignore"):
+            rows_TKH *= weight_TK[:, :, None]
+            rows_TKH[rank_TK < 0] = 0
+            out_TH: FloatArray = rows_TKH[:, 0] + np.float32(0)
+            for k in range(1, ep.top_k):
+                out_TH += rows_TKH[:, k]
+        return out_TH
+
+    def _check_routing(
+        self, x_TH: torch.Tensor, rank_TK: torch.Tensor, local_expert_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> npt.NDArray[np.int64]:
+        """Ranks as int64, with -1 for those masked without a view."""
+        ep = self.layout.ep
+        num_tokens = len(x_TH)
+        if num_tokens > ep.max_tokens or x_TH.shape != (num_tokens, ep.hidden_size) or x_TH.dtype != torch.float32:
+            got = f"{x_TH.dtype} {list(x_TH.shape)}"
+            raise ValueError(f"x must be float32 [0..{ep.max_tokens}, {ep.hidden_size}], got {got}")
+        shapes = {tuple(t.shape) for t in (rank_TK, local_expert_TK, weight_TK)}
+        if shapes != {(num_tokens, ep.top_k)} or weight_TK.dtype != torch.float32:
+            raise ValueError(
+                f"ranks, experts, weights (float32) must be [{num_tokens}, {ep.top_k}], got {sorted(shapes)}"
+            )
+        rank = rank_TK.numpy().astype(np.int64)
+        if not num_tokens:
+            return rank
+        sent = rank >= 0
+        if rank.min() < -1 or rank.max() >= ep.max_ranks or not self._routable_W[rank[sent]].all():
+            raise ValueError(f"tokens routed to ranks outside epoch {self.epoch}'s members {list(self.members)}")
+        if (local_expert_TK.numpy()[sent] >> 16).any():
+            raise ValueError("local experts must be in 0..65535")
+        return np.where(sent & ~self._masked_W[rank], rank, -1)
+
+    def _header_data(self, header_words: Sequence[int], digest: int) -> list[int]:
+        num_words = self.layout.ep.num_header_words
+        if len(header_words) > num_words:
+            raise ValueError(f"a header has {num_words} words, got {len(header_words)}")
+        return [digest, *header_words] + [0] * (num_words - len(header_words))
+
+    def _write_header(self, step: int, ordinal: int, members: Sequence[int], data: list[int]) -> None:
+        bank = header_bank(step >> EPOCH_SHIFT, ordinal)
+        row = np.array(tagged(step, data), np.uint64)
+        for member in members:
+            window = self._windows[member]
+            window.header_data[bank, self.rank] = row
+            window.header_word[bank][self.rank] = step

@@ -1,0 +1,107 @@
+"""Waiting for step words: PROTOCOL 2.1, one verdict a wait.
+
+A wait ends when every word is there (checked first: complete data stays complete whatever else happened), or a word
+is from the future, or a poison word of this epoch or a later one is seen from a member, or the caller's ``stop`` says
+so, or the deadline passes. The clock is read before the words: a process that was itself stopped past the deadline
+looks once more before it accuses anybody.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from enum import Enum
+
+Clock = Callable[[], float]
+Pause = Callable[[int], None]
+
+_NUM_YIELDS = 40
+_NUM_SHORT_SLEEPS = 400
+_SHORT_SLEEP_S = 50e-6
+_LONG_SLEEP_S = 500e-6
+
+
+class WaitEnd(Enum):
+    """Why a wait ended. All but COMPLETE make the rank void."""
+
+    COMPLETE = "complete"
+    DEADLINE = "deadline"
+    PEER_POISON = "peer_poison"
+    HOST_POISON = "host_poison"
+    STOPPED = "stopped"
+    FUTURE_WORD = "future_word"
+
+
+def yield_then_sleep(num_polls: int) -> None:
+    """Give the core away first, since the peer may be waiting for just that; then sleep, longer in waits that are
+    long already.
+    """
+    if num_polls < _NUM_YIELDS:
+        os.sched_yield()
+    elif num_polls < _NUM_YIELDS + _NUM_SHORT_SLEEPS:
+        time.sleep(_SHORT_SLEEP_S)
+    else:
+        time.sleep(_LONG_SLEEP_S)
+
+
+class WordWait:
+    """The waits of one rank. ``poison`` is the poison row of its own heap, indexed by the writer's slot.
+
+    ``missing`` names the sources without a word when the last wait ended; ``wait_s`` adds up, per slot, how long this
+    rank waited.
+    """
+
+    def __init__(self, rank: int, poison: memoryview, clock: Clock, pause: Pause) -> None:
+        self.missing: tuple[int, ...] = ()
+        self.wait_s = [0.0] * len(poison)
+        self._rank = rank
+        self._poison = poison
+        self._clock = clock
+        self._pause = pause
+
+    def until(
+        self,
+        words: memoryview,
+        members: Sequence[int],
+        step: int,
+        floor: int,
+        deadline_s: float | None,
+        stop: Callable[[], bool] | None = None,
+    ) -> WaitEnd:
+        """Wait until ``words[j] == step`` for every j in members; ``floor``: lowest word of the epoch. Seconds."""
+        clock, poison = self._clock, self._poison
+        start = clock()
+        pending = list(members)
+        num_polls = 0
+        while True:
+            now = clock()
+            still = []
+            future = False
+            for source in pending:
+                word = words[source]
+                if word != step:
+                    still.append(source)
+                    future |= word > step
+                elif num_polls:
+                    self.wait_s[source] += now - start
+            pending = still
+            if not pending:
+                self.missing = ()
+                return WaitEnd.COMPLETE
+            end = None
+            if future:
+                end = WaitEnd.FUTURE_WORD
+            elif poison[self._rank] >= floor:
+                end = WaitEnd.HOST_POISON
+            elif any(poison[member] >= floor for member in members):
+                end = WaitEnd.PEER_POISON
+            elif stop is not None and stop():
+                end = WaitEnd.STOPPED
+            elif deadline_s is not None and now - start >= deadline_s:
+                end = WaitEnd.DEADLINE
+            if end is not None:
+                self.missing = tuple(pending)
+                for source in pending:
+                    self.wait_s[source] += now - start
+                return end
+            self._pause(num_polls)
+            num_polls += 1
