@@ -1,0 +1,248 @@
+"""Which expert lies in which slot, and which copy a token goes to. Pure; numpy only.
+
+The map is ``physical_to_logical[layer][rank][local]``: a logical expert, or -1 for an empty expert slot. ``rank`` runs
+over all max_ranks slots, members or not. Three rules hold for whatever this module returns:
+
+* copies of one logical expert lie on distinct ranks, so a copy more is a lost rank more that can be borne;
+* a repair moves orphans only, and only into slots that are empty or whose expert keeps another live copy;
+* equal arguments give equal results, in every process.
+
+Shapes: L mixture-of-experts layers, E logical experts, T tokens, K experts of one token.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from common.config import DecodeConfig
+
+PhysicalToLogical = tuple[tuple[tuple[int, ...], ...], ...]
+IntArray = npt.NDArray[np.int64]
+
+EMPTY = -1
+# Any two ranks may be lost before a repair has been made.
+AUTOMATIC_COPIES = 3
+# Columns of the replica table: a power of two, so that a hash is cut by a mask; large enough to split a load by 3 or 5
+# within a few percent.
+_NUM_COLUMNS = 64
+
+
+def num_local_experts(decode: DecodeConfig, num_logical_experts: int) -> int:
+    """Expert slots of one rank in each layer.
+
+    ``num_redundant_experts`` counts copies beyond the first, over the whole group, as is usual in the field; -1 asks
+    for three copies of each expert, or one on every rank where there are fewer ranks. Never fewer than one copy of each
+    expert fits, and never more slots than experts, since a second copy on the same rank is of no use.
+    """
+    num_ranks = decode.num_ranks
+    if decode.num_redundant_experts < 0:
+        num_physical = num_logical_experts * min(AUTOMATIC_COPIES, num_ranks)
+    else:
+        num_physical = num_logical_experts + decode.num_redundant_experts
+    return min(-(-num_physical // num_ranks), num_logical_experts)
+
+
+def initial_placement(
+    num_layers: int, num_logical_experts: int, max_ranks: int, num_ranks: int, num_local: int
+) -> PhysicalToLogical:
+    """A placement that knows no loads: equal numbers of copies (or one apart), on distinct ranks.
+
+    Copies of one expert follow each other and are dealt to the ranks in turn, hence to distinct ones. Each layer starts
+    at another rank, so that a rank holds other experts in each layer, where there are fewer copies than ranks. Ranks
+    beyond ``num_ranks`` get a run of experts each, further copies for the day when they join. Raises ValueError when
+    ``num_ranks`` ranks have no room for all experts.
+
+    >>> initial_placement(num_layers=1, num_logical_experts=4, max_ranks=3, num_ranks=2, num_local=3)
+    (((0, 1, 2), (0, 1, 3), (0, 1, 2)),)
+    """
+    if num_ranks * num_local < num_logical_experts:
+        raise ValueError(f"{num_ranks} ranks of {num_local} expert slots cannot hold {num_logical_experts} experts")
+    if num_local > num_logical_experts:
+        raise ValueError(f"{num_local} expert slots a rank are more than {num_logical_experts} experts")
+    return tuple(
+        _initial_layer(layer, num_logical_experts, max_ranks, num_ranks, num_local) for layer in range(num_layers)
+    )
+
+
+def _initial_layer(
+    layer: int, num_logical_experts: int, max_ranks: int, num_ranks: int, num_local: int
+) -> tuple[tuple[int, ...], ...]:
+    num_copies, num_with_one_more = divmod(num_ranks * num_local, num_logical_experts)
+    rows: list[list[int]] = [[] for _ in range(max_ranks)]
+    position = layer
+    for expert in range(num_logical_experts):
+        has_one_more = (expert - layer) % num_logical_experts < num_with_one_more
+        for _ in range(num_copies + has_one_more):
+            rows[position % num_ranks].append(expert)
+            position += 1
+    for rank in range(num_ranks, max_ranks):
+        first = (rank - num_ranks) * num_local + layer
+        rows[rank] = [(first + local) % num_logical_experts for local in range(num_local)]
+    return tuple(tuple(row) for row in rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """``logical_expert`` is to be loaded into this expert slot, in place of whatever it holds."""
+
+    layer: int
+    rank: int
+    local: int
+    logical_expert: int
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """The repaired map, what moved in it, and the (layer, logical expert) pairs that no slot could take."""
+
+    physical_to_logical: PhysicalToLogical
+    moved: tuple[Move, ...]
+    orphans: tuple[tuple[int, int], ...]
+
+
+def repair(physical_to_logical: PhysicalToLogical, members: Sequence[int], num_logical_experts: int) -> Repair:
+    """Gives every orphan (an expert without a copy on any of ``members``) a slot, least harm first.
+
+    In this order: empty slots, second copies on one rank, then copies of the expert that has most; among equals on the
+    rank that was given the fewest orphans in this layer, so that no rank loads all of them. Rows of ranks that are no
+    members stay: the next process in such a slot loads what stands there.
+    """
+    layers: list[tuple[tuple[int, ...], ...]] = []
+    moved: list[Move] = []
+    orphans: list[tuple[int, int]] = []
+    for layer, rows in enumerate(physical_to_logical):
+        held = {expert for rank in members for expert in rows[rank]}
+        missing = [expert for expert in range(num_logical_experts) if expert not in held]
+        moves, left = _repair_layer(layer, rows, members, missing) if missing else ([], [])
+        moved += moves
+        orphans += [(layer, expert) for expert in left]
+        layers.append(_with_moves(rows, moves))
+    return Repair(tuple(layers), tuple(moved), tuple(orphans))
+
+
+def _repair_layer(
+    layer: int, rows: tuple[tuple[int, ...], ...], members: Sequence[int], missing: list[int]
+) -> tuple[list[Move], list[int]]:
+    holders: dict[int, list[int]] = {}
+    for rank in sorted(members):
+        for expert in rows[rank]:
+            holders.setdefault(expert, []).append(rank)
+    num_moved = dict.fromkeys(members, 0)
+
+    def harm(rank: int, local: int) -> tuple[int, int, int, int]:
+        expert = rows[rank][local]
+        if expert == EMPTY:
+            first = -len(rows) - 2
+        elif holders[expert].count(rank) > 1:
+            first = -len(rows) - 1
+        else:
+            first = -len(holders[expert])
+        return (first, num_moved[rank], rank, local)
+
+    candidates = [harm(rank, local) for rank in members for local in range(len(rows[rank]))]
+    heapq.heapify(candidates)
+    moves: list[Move] = []
+    for number, orphan in enumerate(missing):
+        slot = _least_harmful(candidates, harm)
+        if slot is None:
+            return moves, missing[number:]
+        rank, local = slot
+        if rows[rank][local] != EMPTY:
+            holders[rows[rank][local]].remove(rank)
+        num_moved[rank] += 1
+        moves.append(Move(layer, rank, local, orphan))
+    return moves, []
+
+
+def _least_harmful(
+    candidates: list[tuple[int, int, int, int]], harm: Callable[[int, int], tuple[int, int, int, int]]
+) -> tuple[int, int] | None:
+    """Pops the best slot. Harm only grows while orphans are placed, so an outdated entry is put back as it is now."""
+    while candidates:
+        entry = heapq.heappop(candidates)
+        rank, local = entry[2:]
+        now = harm(rank, local)
+        if now != entry:
+            heapq.heappush(candidates, now)
+        elif entry[0] == -1:
+            return None  # every slot left holds the only live copy of its expert
+        else:
+            return rank, local
+    return None
+
+
+def _with_moves(rows: tuple[tuple[int, ...], ...], moves: list[Move]) -> tuple[tuple[int, ...], ...]:
+    if not moves:
+        return rows
+    changed = [list(row) for row in rows]
+    for move in moves:
+        changed[move.rank][move.local] = move.logical_expert
+    return tuple(tuple(row) for row in changed)
+
+
+class ReplicaChoice:
+    """Where the tokens of one rank go under one view: a local copy if there is one, else a live copy by hash.
+
+    Built once per view, asked once per layer and round.
+    """
+
+    def __init__(
+        self, physical_to_logical: PhysicalToLogical, members: Sequence[int], num_logical_experts: int, own_rank: int
+    ) -> None:
+        self._tables = [
+            _replica_table(rows, sorted(members), num_logical_experts, own_rank) for rows in physical_to_logical
+        ]
+
+    def choose(
+        self, layer: int, logical_TK: npt.NDArray[np.integer], hash_T: npt.NDArray[np.integer]
+    ) -> tuple[IntArray, IntArray]:
+        """(rank_TK, local_TK), int64; -1 and -1 for an expert without live copy.
+
+        ``hash_T`` spreads tokens over copies; its low six bits must be well mixed, positions or counters are.
+        """
+        rank_table, local_table = self._tables[layer]
+        index_TK = logical_TK * _NUM_COLUMNS + (hash_T & (_NUM_COLUMNS - 1))[:, None]
+        return rank_table.take(index_TK), local_table.take(index_TK)
+
+
+def _replica_table(
+    rows: tuple[tuple[int, ...], ...], members: list[int], num_logical_experts: int, own_rank: int
+) -> tuple[IntArray, IntArray]:
+    """Two flat tables [E * columns]: rank and local of the copy that serves (expert, column)."""
+    copies: list[list[tuple[int, int]]] = [[] for _ in range(num_logical_experts)]
+    for rank in members:
+        for local, expert in enumerate(rows[rank]):
+            if expert != EMPTY:
+                copies[expert].append((rank, local))
+    table = np.full((num_logical_experts, _NUM_COLUMNS, 2), -1, dtype=np.int64)
+    columns = np.arange(_NUM_COLUMNS)
+    for expert, places in enumerate(copies):
+        if own := [place for place in places if place[0] == own_rank]:
+            places = own[:1]
+        if places:
+            # Shifted by the expert, so that one token's experts with equal holders do not all go to the same one.
+            table[expert] = np.array(places)[(columns + expert) % len(places)]
+    return np.ascontiguousarray(table[:, :, 0]).ravel(), np.ascontiguousarray(table[:, :, 1]).ravel()
+
+
+def balancedness(
+    load_LE: npt.NDArray[np.float64], physical_to_logical: PhysicalToLogical, members: Sequence[int]
+) -> float:
+    """Sum over layers of the mean rank load / sum over layers of the largest: 1.0 = even, 1 / num_members = worst.
+
+    An expert's load is split evenly over its live copies; loads of orphans count nowhere. 1.0 where there is no load.
+    """
+    mean = largest = 0.0
+    for load_E, rows in zip(load_LE, physical_to_logical, strict=True):
+        held = [np.array([expert for expert in rows[rank] if expert != EMPTY], dtype=np.int64) for rank in members]
+        if not held:
+            continue
+        num_copies_E = np.bincount(np.concatenate(held), minlength=len(load_E))
+        share_E = load_E / np.maximum(num_copies_E, 1)
+        rank_loads = [float(share_E[experts].sum()) for experts in held]
+        mean += sum(rank_loads) / len(rank_loads)
+        largest += max(rank_loads)
+    return mean / largest if largest > 0 else 1.0
