@@ -1,0 +1,206 @@
+"""A real cluster in a temporary run directory, and a client that records what it received and when.
+
+`Cluster` starts ``regrow up``, waits for its ready line with a deadline, and fails when anything is left behind after
+the stop. `Stream` is one request as its client saw it.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY_RANDOM = ROOT / "tests" / "fixtures" / "tiny-random"
+START_S = 90.0
+
+
+class Cluster:
+    def __init__(self, run_dir: Path, *arguments: str, model: Path = TINY_RANDOM, config: str = "") -> None:
+        self.run_dir, self.port = run_dir, _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        run_dir.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "services.cli", "up", "--port", str(self.port), "--run-dir", str(run_dir)]
+        command += ["--model", str(model), *arguments]
+        if config:
+            path = run_dir.parent / f"{run_dir.name}.toml"
+            path.write_text(config)
+            command += ["--config", str(path)]
+        self.errors = run_dir.parent / f"{run_dir.name}.stderr"
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors)
+
+    def wait_ready(self) -> "Cluster":
+        """Returns once ``ready URL`` was printed; raises with everything printed so far otherwise."""
+        assert self.process.stdout is not None
+        descriptor, printed, deadline = self.process.stdout.fileno(), b"", time.monotonic() + START_S
+        while f"ready {self.url}".encode() not in printed.splitlines():
+            readable, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+            data = os.read(descriptor, 65536) if readable else b""
+            printed += data
+            if not data:
+                self.process.kill()
+                self.process.wait(timeout=10)
+                raise AssertionError(f"not ready within {START_S} s: {printed.decode()}\n{self.logs()}")
+        return self
+
+    def logs(self, last: int = 2000) -> str:
+        paths = [self.errors, *sorted(self.run_dir.glob("logs/*"))]
+        texts = [f"--- {path.name}\n{path.read_text()[-last:]}" for path in paths]
+        return "\n".join(texts)
+
+    def fault(self, action: str, **target: int | str) -> str:
+        """Runs ``regrow fault`` and returns what it printed; it exits 0 only with proof."""
+        options = [item for key, value in target.items() for item in (f"--{key}", str(value))]
+        command = [sys.executable, "-m", "services.cli", "fault", action, *options, "--run-dir", str(self.run_dir)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"fault {action} {target}: {done.stdout}{done.stderr}\n{self.logs()}"
+        return done.stdout
+
+    def status(self) -> dict[str, Any]:
+        """``GET /cluster``, blocking."""
+        return asyncio.run(self.fetch_status())
+
+    async def fetch_status(self) -> dict[str, Any]:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"{self.url}/cluster", timeout=aiohttp.ClientTimeout(total=10)) as response,
+        ):
+            body: dict[str, Any] = await response.json()
+            return body
+
+    async def wait_status(self, what: Callable[[dict[str, Any]], bool], within_s: float = 60.0) -> dict[str, Any]:
+        """The first status for which ``what`` holds; raises with the last one otherwise."""
+        deadline, status = time.monotonic() + within_s, {}
+        while time.monotonic() < deadline:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                status = await self.fetch_status()
+                if what(status):
+                    return status
+            await asyncio.sleep(0.05)
+        raise AssertionError(f"not reached within {within_s} s: {json.dumps(status)[:6000]}\n{self.logs()}")
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Stops the cluster and asserts that nothing is left: no process, no file of symmetric memory."""
+        pids = self.pids()
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(timeout=10)
+            raise AssertionError(f"regrow up did not stop within 30 s of {number.name}\n{self.logs()}") from None
+        left = [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+        assert not left, f"processes left behind: {left}\n{self.logs()}"
+        return self.process.returncode
+
+    def pids(self) -> list[int]:
+        """Every process started by this cluster, by the run directory on its command line or in its parents'."""
+        return [pid for pid, _ in processes_of(self.run_dir)]
+
+
+def processes_of(run_dir: Path) -> Iterator[tuple[int, str]]:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if str(run_dir) in command and int(path.parent.name) != os.getpid():
+                yield int(path.parent.name), command
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass
+class Stream:
+    """One request and what its client received."""
+
+    body: dict[str, Any]
+    text: str = ""
+    logprobs: list[float] = field(default_factory=list)  # of the chosen tokens, exact
+    times: list[float] = field(default_factory=list)  # arrival of each chunk with text or tokens, monotonic seconds
+    finish: str = ""
+    error: str = ""
+
+    @property
+    def outcome(self) -> tuple[str, list[str], str]:
+        """What must be the same in every run: text, bits of each token's log-probability, reason of the end."""
+        return self.text, [value.hex() for value in self.logprobs], self.finish
+
+    @property
+    def largest_gap_s(self) -> float:
+        return max((b - a for a, b in zip(self.times, self.times[1:], strict=False)), default=0.0)
+
+
+async def stream(
+    session: aiohttp.ClientSession, url: str, body: dict[str, Any], record: Stream | None = None
+) -> Stream:
+    """Runs one streamed completion to its end."""
+    record = record or Stream(body)
+    async with session.post(f"{url}/v1/completions", json={**body, "stream": True}) as response:
+        if response.status != 200:
+            record.error = f"{response.status} {await response.text()}"
+            return record
+        async for line in response.content:
+            if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
+                continue
+            chunk = json.loads(line[6:])
+            if "error" in chunk:
+                record.error = json.dumps(chunk["error"])
+                return record
+            for choice in chunk["choices"]:
+                record.times.append(time.monotonic())
+                record.text += choice["text"]
+                record.logprobs += (choice.get("logprobs") or {}).get("token_logprobs", [])
+                record.finish = choice.get("finish_reason") or record.finish
+    return record
+
+
+async def stream_all(
+    url: str, bodies: list[dict[str, Any]], during: Callable[[list[Stream]], Any] | None = None
+) -> list[Stream]:
+    """All requests side by side; ``during`` is awaited meanwhile (inject a fault there)."""
+    records = [Stream(body) for body in bodies]
+    timeout = aiohttp.ClientTimeout(total=110)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session, asyncio.TaskGroup() as group:
+        for record in records:
+            group.create_task(stream(session, url, record.body, record))
+        if during is not None:
+            await during(records)
+    return records
+
+
+async def until_tokens(records: list[Stream], num_tokens: int, within_s: float = 60.0) -> None:
+    """Waits until every stream has that many chunks (or has ended): a fault now is a fault in mid-stream."""
+    deadline = time.monotonic() + within_s
+    while not all(len(record.times) >= num_tokens or record.finish or record.error for record in records):
+        assert time.monotonic() < deadline, f"streams stuck at {[len(record.times) for record in records]}"
+        await asyncio.sleep(0.005)
+
+
+def varied_bodies(count: int, max_tokens: int, model: str = "tiny-random") -> list[dict[str, Any]]:
+    """Greedy and seeded requests in turn, prompts of different lengths given as token ids."""
+    bodies: list[dict[str, Any]] = []
+    for index in range(count):
+        prompt = [(7 * index + 13 * position) % 200 + 5 for position in range(3 + 5 * index % 40)]
+        sampling = {"temperature": 0.0} if index % 2 == 0 else {"temperature": 1.0, "seed": 1000 + index}
+        bodies.append(
+            {"model": model, "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "logprobs": 0, **sampling}
+        )
+    return bodies

@@ -1,0 +1,139 @@
+"""Real processes, real signals: whatever is killed or masked, every stream is the one of a fault-free run.
+
+The random checkpoint at temperature 1 has no margins to hide behind, and the bits of each chosen token's
+log-probability are compared, so one lost expert row in one round would show.
+"""
+
+import asyncio
+import os
+import signal
+from typing import Any
+
+import pytest
+
+from tests.cluster.harness import Cluster, Stream, stream_all, until_tokens, varied_bodies
+
+NUM_STREAMS, MAX_TOKENS = 12, 120
+
+
+@pytest.fixture(scope="module")
+def expected(cluster: Cluster) -> list[Stream]:
+    """The fault-free run."""
+    streams = asyncio.run(stream_all(cluster.url, varied_bodies(NUM_STREAMS, MAX_TOKENS)))
+    for stream in streams:
+        assert (stream.error, stream.finish, len(stream.logprobs)) == ("", "length", MAX_TOKENS)
+    return streams
+
+
+def _assert_same(streams: list[Stream], expected: list[Stream]) -> None:
+    for number, (stream, fault_free) in enumerate(zip(streams, expected, strict=True)):
+        assert stream.error == "", f"stream {number} failed"
+        assert stream.outcome == fault_free.outcome, f"stream {number} differs from the fault-free run"
+
+
+def _rank(status: dict[str, Any], rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = next(entry for entry in status["ranks"] if entry["rank"] == rank)
+    return found
+
+
+def _serving(status: dict[str, Any]) -> list[int]:
+    return [entry["rank"] for entry in status["ranks"] if entry["state"] == "serving"]
+
+
+def _void_rounds(status: dict[str, Any]) -> dict[int, int]:
+    return {entry["rank"]: entry["void_rounds"] for entry in status["ranks"] if entry["state"] == "serving"}
+
+
+async def test_a_second_run_side_by_side_gives_the_same_streams(cluster: Cluster, expected: list[Stream]) -> None:
+    _assert_same(await stream_all(cluster.url, [record.body for record in reversed(expected)]), expected[::-1])
+
+
+async def test_sigkill_of_a_decode_rank_in_mid_stream(cluster: Cluster, expected: list[Stream]) -> None:
+    before = await cluster.wait_status(lambda status: len(_serving(status)) == 4)
+    victim = _rank(before, 2)
+
+    async def kill(streams: list[Stream]) -> None:
+        await until_tokens(streams, 10)
+        running = _rank(await cluster.fetch_status(), 2)["running"]
+        assert running > 0, "the victim serves nobody: the fault would prove nothing"
+        os.kill(victim["pid"], signal.SIGKILL)
+        removed = await cluster.wait_status(lambda status: 2 not in _serving(status))
+        assert removed["epoch"] > before["epoch"]
+
+    _assert_same(await stream_all(cluster.url, [record.body for record in expected], kill), expected)
+    after = await cluster.wait_status(lambda status: len(_serving(status)) == 4)
+    reborn = _rank(after, 2)
+    assert reborn["pid"] != victim["pid"] and reborn["incarnation"] > victim["incarnation"]
+
+
+async def test_the_rank_that_comes_back_joins_without_a_void_round_and_serves(
+    cluster: Cluster, expected: list[Stream]
+) -> None:
+    before = await cluster.wait_status(lambda status: len(_serving(status)) == 4)
+    os.kill(_rank(before, 1)["pid"], signal.SIGKILL)
+    alone = await cluster.wait_status(lambda status: len(_serving(status)) == 3)
+    voids = _void_rounds(alone)
+
+    async def join(streams: list[Stream]) -> None:
+        await cluster.wait_status(lambda status: len(_serving(status)) == 4)
+
+    # The load goes on while the rank joins; what runs long enough is moved to it.
+    records = await stream_all(cluster.url, [record.body for record in expected], join)
+    _assert_same(records, expected)
+    after = await cluster.wait_status(lambda status: len(_serving(status)) == 4)
+    assert {rank: _void_rounds(after)[rank] for rank in voids} == voids, "the join voided a round of a member"
+    _assert_same(await stream_all(cluster.url, [record.body for record in expected]), expected)
+    assert _rank(await cluster.fetch_status(), 1)["tokens_committed"] > 0, "the rank that came back serves nobody"
+
+
+async def test_sigkill_of_a_prefill_worker_under_load(cluster: Cluster, expected: list[Stream]) -> None:
+    status = await cluster.wait_status(lambda status: len(status["prefill"]) == 2)
+    victim = status["prefill"][0]
+
+    async def kill(streams: list[Stream]) -> None:
+        await asyncio.sleep(0.02)  # into the prompts: any moment is a fair one
+        os.kill(victim["pid"], signal.SIGKILL)
+        await cluster.wait_status(
+            lambda status: len(status["prefill"]) == 2 and victim["pid"] not in [w["pid"] for w in status["prefill"]]
+        )
+
+    _assert_same(await stream_all(cluster.url, [record.body for record in expected], kill), expected)
+
+
+async def test_mask_and_unmask_by_a_fault_event(cluster: Cluster, expected: list[Stream]) -> None:
+    before = await cluster.wait_status(lambda status: len(_serving(status)) == 4)
+
+    async def mask(streams: list[Stream]) -> None:
+        await until_tokens(streams, 10)
+        await asyncio.to_thread(cluster.fault, "mask", rank=3)
+
+    _assert_same(await stream_all(cluster.url, [record.body for record in expected], mask), expected)
+    masked = await cluster.fetch_status()
+    assert _rank(masked, 3)["state"] == "masked" and _rank(masked, 3)["pid"] == _rank(before, 3)["pid"]
+
+    async def unmask(streams: list[Stream]) -> None:
+        await until_tokens(streams, 10)
+        await asyncio.to_thread(cluster.fault, "unmask", rank=3)
+
+    _assert_same(await stream_all(cluster.url, [record.body for record in expected], unmask), expected)
+    after = await cluster.fetch_status()
+    assert _rank(after, 3)["state"] == "serving" and _rank(after, 3)["pid"] == _rank(before, 3)["pid"]
+
+
+async def test_kill_by_a_fault_event_is_proven(cluster: Cluster, expected: list[Stream]) -> None:
+    before = await cluster.wait_status(lambda status: len(_serving(status)) == 4)
+    pid = _rank(before, 0)["pid"]
+
+    async def kill(streams: list[Stream]) -> None:
+        await until_tokens(streams, 5)
+        await asyncio.to_thread(cluster.fault, "kill", rank=0)
+        assert _rank(await cluster.fetch_status(), 0)["pid"] != pid or 0 not in _serving(await cluster.fetch_status())
+
+    _assert_same(await stream_all(cluster.url, [record.body for record in expected], kill), expected)
+    await cluster.wait_status(lambda status: len(_serving(status)) == 4)
+
+
+async def test_with_a_prefill_worker_alive_decode_ranks_compute_no_prompt_tokens(cluster: Cluster) -> None:
+    status = await cluster.fetch_status()
+    assert [entry["prompt_tokens_computed"] for entry in status["ranks"]] == [0] * len(status["ranks"])
+    assert sum(worker["prompt_tokens_computed"] for worker in status["prefill"]) > 0
