@@ -19,6 +19,7 @@ import torch
 
 ALIGNMENT_BYTES = 256
 NUM_HEADER_BANKS = 4
+NUM_BARRIER_BANKS = 2
 _MAGIC = int.from_bytes(b"regrow01", "little")
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -125,7 +126,7 @@ def _ep_regions(ep: EpShape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         "ep_poison": ((num_ranks,), torch.int64),
         # step word, digest, data words; banks: see ElasticGroup.
         "ep_header": ((NUM_HEADER_BANKS, num_ranks, 2 + ep.num_header_words), torch.int64),
-        "ep_barrier_word": ((num_ranks,), torch.int64),
+        "ep_barrier_word": ((NUM_BARRIER_BANKS, num_ranks), torch.int64),
         # step word, number of rows: beside each other (PROTOCOL 1.2).
         "ep_dispatch_word": ((num_ranks, 2), torch.int64),
         "ep_combine_word": ((num_ranks,), torch.int64),

@@ -41,7 +41,7 @@ class HeapWindow:
         header = array("ep_header")
         dispatch_word = array("ep_dispatch_word")
         self.poison = array("ep_poison").data
-        self.barrier_word = array("ep_barrier_word").data
+        self.barrier_word = [row.data for row in array("ep_barrier_word")]
         self.combine_word = array("ep_combine_word").data
         self.dispatch_word = dispatch_word[:, 0].data
         self.dispatch_num_rows = dispatch_word[:, 1].data

@@ -218,10 +218,14 @@ class ElasticGroup(EpochState):
             return False
         if self._combine_due:
             raise RuntimeError("clean_buffer between dispatch and combine")
+        if self._num_headers == 0:
+            raise RuntimeError("clean_buffer out of order: an epoch begins with allgather")
         step = self._next_step()
+        # Two barriers in a row: a neighbour may still be reading the words of the first.
+        bank = step & 1
         for member in self.members:
-            self._windows[member].barrier_word[self.rank] = step
-        return self._await_words(self._own.barrier_word, step, deadline_s)
+            self._windows[member].barrier_word[bank][self.rank] = step
+        return self._await_words(self._own.barrier_word[bank], step, deadline_s)
 
     def _add_up(self) -> FloatArray:
         ep = self.layout.ep
