@@ -24,7 +24,7 @@ from torch import Tensor
 from common.model.checkpoint import Checkpoint
 from common.model.config import ModelConfig
 from common.model.kv_cache import Int64Array
-from common.model.row_blocks import linear, rms_norm
+from common.model.row_blocks import RmsNorm, linear, num_padded
 
 KEY_BLOCK = 64
 QUERY_TILE = 2
@@ -36,11 +36,13 @@ class AttentionPlan:
 
     num_tokens: int
     num_tiles: int
-    cache_row_T: Tensor  # where each token's own row is written
-    tile_row_T: Tensor  # tile * Q + place in the tile
+    cache_row_T: Tensor  # where each token's own row is written; not padded
+    tile_row_T: Tensor  # tile * Q + place in the tile; padded with 0
     tile_A: Tensor
+    query_token_AQ: Tensor  # flat [A * Q]: the token at each place; unused places repeat the tile's first token
     key_row_AS: Tensor  # flat [A * S]: cache row of each key
-    masked_AQ1S: Tensor  # True where the query must not see the key
+    seen_AQ1S: Tensor  # 1.0 where the query sees the key, else 0.0
+    bias_AQ1S: Tensor  # 0.0 where it sees the key, else -inf
 
 
 def plan_attention(
@@ -49,14 +51,16 @@ def plan_attention(
     """Tiles, items and indices of a batch; arrays are those of `model.Batch`, T > 0 and not padded."""
     num_tokens = len(position_T)
     token = np.arange(num_tokens)
-    starts = np.flatnonzero(np.diff(request_T, prepend=-1) != 0)
-    run_offset = token - np.repeat(starts, np.diff(starts, append=num_tokens))
-    tile_T = np.cumsum(run_offset % QUERY_TILE == 0) - 1
-    tile_row_T = tile_T * QUERY_TILE + run_offset % QUERY_TILE
-    first_of_tile = np.flatnonzero(run_offset % QUERY_TILE == 0)
-    last_U = np.maximum.reduceat(position_T, first_of_tile)
-    request_U = request_T[first_of_tile]
-    num_tiles = len(last_U)
+    starts_run = np.ones(num_tokens, dtype=bool)
+    np.not_equal(request_T[1:], request_T[:-1], out=starts_run[1:])
+    place_T = (token - np.maximum.accumulate(np.where(starts_run, token, 0))) % QUERY_TILE
+    first_of_tile = np.flatnonzero(place_T == 0)
+    num_tiles = len(first_of_tile)
+    tile_row_T = np.zeros(num_padded(num_tokens), dtype=np.int64)
+    tile_row_T[:num_tokens] = (np.cumsum(place_T == 0) - 1) * QUERY_TILE + place_T
+    query_token_UQ = np.repeat(first_of_tile[:, None], QUERY_TILE, axis=1)
+    query_token_UQ.reshape(-1)[tile_row_T[:num_tokens]] = token
+    last_U = position_T[query_token_UQ].max(axis=1)
 
     blocks_U = last_U // KEY_BLOCK + 1
     tile_A = np.repeat(np.arange(num_tiles), blocks_U)
@@ -65,13 +69,11 @@ def plan_attention(
     # Places past the tile's last position read the request's first row: finite, and the request's own. Masked scores
     # make it count as zero, but zero times whatever lies in unused memory could be NaN.
     read_AS = np.where(key_AS <= last_U[tile_A][:, None], key_AS, 0)
-    request_A = request_U[tile_A][:, None]
+    request_A = request_T[first_of_tile][tile_A][:, None]
     key_row_AS = block_table_RW[request_A, read_AS // block_size] * block_size + read_AS % block_size
 
-    # Unused places of a tile see all keys: their rows are dropped, and a row without any key would be NaN.
-    query_position = np.repeat(last_U, QUERY_TILE)
-    query_position[tile_row_T] = position_T
-    masked_AQS = key_AS[:, None, :] > query_position.reshape(num_tiles, QUERY_TILE)[tile_A][:, :, None]
+    query_token_AQ = query_token_UQ[tile_A]
+    seen_AQ1S = (key_AS[:, None, None, :] <= position_T[query_token_AQ][:, :, None, None]).astype(np.float32)
     cache_row_T = block_table_RW[request_T, position_T // block_size] * block_size + position_T % block_size
     return AttentionPlan(
         num_tokens=num_tokens,
@@ -79,32 +81,25 @@ def plan_attention(
         cache_row_T=torch.from_numpy(cache_row_T),
         tile_row_T=torch.from_numpy(tile_row_T),
         tile_A=torch.from_numpy(tile_A),
+        query_token_AQ=torch.from_numpy(query_token_AQ.reshape(-1)),
         key_row_AS=torch.from_numpy(key_row_AS.reshape(-1)),
-        masked_AQ1S=torch.from_numpy(masked_AQS[:, :, None, :]),
+        seen_AQ1S=torch.from_numpy(seen_AQ1S),
+        bias_AQ1S=torch.from_numpy(np.where(seen_AQ1S > 0, np.float32(0), np.float32(-np.inf))),
     )
 
 
 class RotaryTable:
-    """cos and sin of every position, [max_position_embeddings, rope / 2]."""
+    """cos + i sin of every position's angles, [max_position_embeddings, rope / 2], complex64."""
 
     def __init__(self, config: ModelConfig) -> None:
         dim = config.qk_rope_head_dim
         frequency = 1.0 / (config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float) / dim))
         angle = torch.arange(config.max_position_embeddings, dtype=torch.float)[:, None] * frequency
-        self._cos, self._sin = angle.cos(), angle.sin()
+        self._turn = torch.complex(angle.cos(), angle.sin())
 
-    def at(self, position_T: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each [T, 1, rope / 2]."""
-        return self._cos.index_select(0, position_T)[:, None], self._sin.index_select(0, position_T)[:, None]
-
-
-def _rotate(x_TMr: Tensor, cos_T1h: Tensor, sin_T1h: Tensor) -> None:
-    """Rotates pairs (i, i + rope / 2) in place; weights are permuted at load so that pairs lie like this."""
-    half = x_TMr.shape[-1] // 2
-    first, second = x_TMr[..., :half], x_TMr[..., half:]
-    rotated_first = first * cos_T1h - second * sin_T1h
-    second.copy_(second * cos_T1h + first * sin_T1h)
-    first.copy_(rotated_first)
+    def at(self, position_T: Tensor) -> Tensor:
+        """[T, 1, rope / 2], to multiply pairs of rotary dimensions with."""
+        return self._turn.index_select(0, position_T)[:, None]
 
 
 class Attention:
@@ -131,30 +126,27 @@ class Attention:
         merged = torch.cat((latent_query, query[:, nope:][:, pairs]), dim=1) * (nope + rope) ** -0.5
         query_weight = merged.reshape(heads * (latent + rope), query_input)
         kv_weight = torch.cat((kv_a[:latent], kv_a[latent:][pairs]))
-        self._kv_norm = read("kv_a_layernorm", latent)
+        self._kv_norm = RmsNorm(read("kv_a_layernorm", latent), config.rms_norm_eps)
         if config.q_lora_rank is None:
             self._first = _input_major(torch.cat((query_weight, kv_weight)))
         else:
             query_a = read("q_a_proj", config.q_lora_rank, hidden).double()
             self._first = _input_major(torch.cat((query_a, kv_weight)))
-            self._query_norm = read("q_a_layernorm", config.q_lora_rank)
+            self._query_norm = RmsNorm(read("q_a_layernorm", config.q_lora_rank), config.rms_norm_eps)
             self._query_b = _input_major(query_weight)
         merged_output = torch.einsum("xhv,hvd->xhd", output, kv_b[:, nope:])
         self._output = _input_major(merged_output.reshape(hidden, heads * latent))
 
-    def run(self, x_TH: Tensor, cos_sin: tuple[Tensor, Tensor], plan: AttentionPlan, cache_FC: Tensor) -> Tensor:
+    def run(self, x_TH: Tensor, turn_T1h: Tensor, plan: AttentionPlan, cache_FC: Tensor) -> Tensor:
         """Writes the cache rows of the batch's tokens, then attends. x_TH and the result are padded to row blocks."""
-        config = self._config
-        latent = config.kv_lora_rank
+        latent = self._config.kv_lora_rank
         rows_TMC = self._project(x_TH)
-        _rotate(rows_TMC[:, :, latent:], *cos_sin)
-        kv_TC = rows_TMC[:, -1]
-        kv_TC[:, :latent] = rms_norm(kv_TC[:, :latent], self._kv_norm, config.rms_norm_eps)
-        cache_FC.index_copy_(0, plan.cache_row_T, kv_TC[: plan.num_tokens])
-        attended = _attend(rows_TMC[: plan.num_tokens, :-1], plan, cache_FC, latent)
-        out = x_TH.new_zeros((x_TH.shape[0], attended.shape[1]))
-        out[: plan.num_tokens] = attended
-        return linear(out, self._output)
+        pairs_TMh2 = rows_TMC[:, :, latent:].view(*rows_TMC.shape[:2], -1, 2)
+        torch.view_as_complex(pairs_TMh2).mul_(turn_T1h)
+        kv_TC = rows_TMC[: plan.num_tokens, -1]
+        kv_TC[:, :latent] = self._kv_norm.run(kv_TC[:, :latent])
+        cache_FC.index_copy_(0, plan.cache_row_T, kv_TC)
+        return linear(_attend(rows_TMC[:, :-1], plan, cache_FC, latent), self._output)
 
     def _project(self, x_TH: Tensor) -> Tensor:
         """[T, N + 1, C]: the queries of all heads, then the token's cache row, not yet normed and rotated."""
@@ -162,35 +154,38 @@ class Attention:
         first = linear(x_TH, self._first)
         if config.q_lora_rank is not None:
             query_a, kv = first[:, : config.q_lora_rank], first[:, config.q_lora_rank :]
-            query_a = rms_norm(query_a, self._query_norm, config.rms_norm_eps)
-            first = torch.cat((linear(query_a, self._query_b), kv), dim=1)
+            first = torch.cat((linear(self._query_norm.run(query_a), self._query_b), kv), dim=1)
         return first.view(x_TH.shape[0], config.num_attention_heads + 1, config.kv_row_size)
 
 
 def _attend(query_TNC: Tensor, plan: AttentionPlan, cache_FC: Tensor, latent: int) -> Tensor:
-    """Softmax attention of each token over its request's rows: [T, N * D]."""
-    num_tokens, heads, width = query_TNC.shape
+    """Softmax attention of each token over its request's rows: [T, N * D], padding rows included (any finite value)."""
+    heads, width = query_TNC.shape[1:]
     num_items, rows = len(plan.tile_A), QUERY_TILE * heads
-    query = query_TNC.new_zeros((plan.num_tiles * QUERY_TILE, heads * width))
-    query.index_copy_(0, plan.tile_row_T, query_TNC.reshape(num_tokens, heads * width))
-    query_ARC = query.view(plan.num_tiles, rows, width).index_select(0, plan.tile_A)
+    query_ARC = query_TNC.index_select(0, plan.query_token_AQ).view(num_items, rows, width)
     key_ASC = cache_FC.index_select(0, plan.key_row_AS).view(num_items, KEY_BLOCK, width)
 
     score_ARS = torch.bmm(query_ARC, key_ASC.transpose(1, 2))
-    score_ARS.view(num_items, QUERY_TILE, heads, KEY_BLOCK).masked_fill_(plan.masked_AQ1S, float("-inf"))
+    score_AQNS = score_ARS.view(num_items, QUERY_TILE, heads, KEY_BLOCK)
+    score_AQNS.add_(plan.bias_AQ1S)
     top_UR = score_ARS.new_full((plan.num_tiles, rows), float("-inf"))
     top_UR.scatter_reduce_(0, plan.tile_A[:, None].expand(num_items, rows), score_ARS.amax(-1), "amax")
-    weight_ARS = score_ARS.sub_(top_UR.index_select(0, plan.tile_A)[:, :, None]).exp_()
-    total_UR = torch.zeros_like(top_UR).index_add_(0, plan.tile_A, weight_ARS.sum(-1))
-    value_URD = query.new_zeros((plan.num_tiles, rows, latent))
-    value_URD.index_add_(0, plan.tile_A, torch.bmm(weight_ARS, key_ASC[:, :, :latent]))
-    value_URD.div_(total_UR[:, :, None])
+    score_ARS.sub_(top_UR.index_select(0, plan.tile_A)[:, :, None])
+    # exp is ten times slower where it underflows, so nothing is left below e^-80; what is masked becomes an exact zero.
+    score_ARS.clamp_(min=-80.0).exp_()
+    score_AQNS.mul_(plan.seen_AQ1S)
+    # The latent is the value; a column of ones behind it makes the same product and sums yield the softmax's total.
+    key_ASC[:, :, latent] = 1.0
+    sums_URD = score_ARS.new_zeros((plan.num_tiles, rows, latent + 1))
+    sums_URD.index_add_(0, plan.tile_A, torch.bmm(score_ARS, key_ASC[:, :, : latent + 1]))
+    value_URD = sums_URD[:, :, :latent] / sums_URD[:, :, latent:]
     return value_URD.view(-1, heads * latent).index_select(0, plan.tile_row_T)
 
 
 def _pair_order(rope: int, interleaved: bool) -> Tensor:
+    """Rows of the rotary part reordered so that the two of a pair are neighbours."""
     order = torch.arange(rope)
-    return torch.cat((order[0::2], order[1::2])) if interleaved else order
+    return order if interleaved else order.view(2, -1).t().reshape(-1)
 
 
 def _input_major(weight_NK: Tensor) -> Tensor:

@@ -83,8 +83,9 @@ class ModelConfig:
             raise ValueError(f"config: q_lora_rank must be null or at least 1, got {self.q_lora_rank}")
         if self.n_shared_experts < 0:
             raise ValueError(f"config: n_shared_experts must not be negative, got {self.n_shared_experts}")
-        if self.qk_rope_head_dim % 2:
-            raise ValueError(f"config: qk_rope_head_dim must be even, got {self.qk_rope_head_dim}")
+        for name in ("qk_rope_head_dim", "kv_lora_rank"):
+            if getattr(self, name) % 2:
+                raise ValueError(f"config: {name} must be even, got {getattr(self, name)}")
         if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
             raise ValueError(f"config: first_k_dense_replace {self.first_k_dense_replace} is beyond num_hidden_layers")
         if self.n_routed_experts % self.n_group:

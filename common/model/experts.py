@@ -85,7 +85,7 @@ class ExpertLayout:
 
 def row_checksum(row_F: Tensor) -> int:
     """CRC-32 of the bytes of a packed expert row; finds torn and overwritten copies."""
-    return zlib.crc32(memoryview(row_F.numpy()).cast("B"))
+    return zlib.crc32(row_F.numpy().tobytes())
 
 
 def expert_mlp(x_RH: Tensor, weights: ExpertWeights) -> Tensor:
@@ -102,7 +102,10 @@ def expert_rows(x_RH: Tensor, expert_R: npt.NDArray[np.int64], weights_of: Calla
     if num_rows == 0:
         return x_RH.new_empty((0, hidden))
     order = np.argsort(expert_R, kind="stable")
-    experts, first, counts = np.unique(expert_R[order], return_index=True, return_counts=True)
+    counts = np.bincount(expert_R)
+    experts = np.flatnonzero(counts)
+    counts = counts[experts]
+    first = np.cumsum(counts) - counts
     blocks = -(-counts // ROW_BLOCK)
     block_start = np.cumsum(blocks) - blocks
     # Place of each row in the padded buffer: its expert's first block, then its rank among that expert's rows.

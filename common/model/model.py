@@ -18,7 +18,7 @@ from common.model.checkpoint import Checkpoint
 from common.model.config import ModelConfig
 from common.model.experts import ExpertExchange
 from common.model.kv_cache import Int64Array, kv_cache_shape
-from common.model.row_blocks import linear, num_padded, pad_rows, rms_norm, sigmoid, silu
+from common.model.row_blocks import RmsNorm, linear, num_padded, pad_rows, sigmoid, silu
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +58,14 @@ class _Mlp:
         self._gate_up = torch.cat((gate, up)).t().contiguous()
         self._down = checkpoint.tensor(f"{prefix}.down_proj.weight", (hidden, inner_size)).t().contiguous()
 
-    def run(self, x_TH: Tensor) -> Tensor:
+    def run(self, x_TH: Tensor, num_tokens: int) -> Tensor:
+        del num_tokens  # the padding is computed too
         gate, up = linear(x_TH, self._gate_up).chunk(2, dim=1)
         return linear(silu(gate).mul_(up), self._down)
 
 
 class _Moe:
-    """Routing, the exchange, and the shared experts: out = routed sum, then + shared."""
+    """Routing, the exchange, and the shared experts: out = shared + routed sum."""
 
     def __init__(self, checkpoint: Checkpoint, layer: int, exchange: ExpertExchange) -> None:
         config = checkpoint.config
@@ -83,8 +84,11 @@ class _Moe:
         routed = self._exchange.run(
             self._layer, x_TH[:num_tokens], topk_expert_TK[:num_tokens], topk_weight_TK[:num_tokens]
         )
-        out_TH = pad_rows(routed)
-        return out_TH if self._shared is None else out_TH + self._shared.run(x_TH)
+        if self._shared is None:
+            return pad_rows(routed)
+        out_TH = self._shared.run(x_TH, num_tokens)
+        out_TH[:num_tokens] += routed
+        return out_TH
 
     def _route(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
         """(logical experts, weights), best first (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
@@ -103,7 +107,7 @@ class _Moe:
         expert_TK = choice_TE.topk(config.num_experts_per_tok, dim=-1).indices
         weight_TK = score_TE.gather(1, expert_TK)
         if config.norm_topk_prob:
-            weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
+            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).add_(1e-20)
         return expert_TK, weight_TK * config.routed_scaling_factor
 
     def run_empty(self) -> None:
@@ -121,15 +125,19 @@ class _Layer:
     def __init__(self, checkpoint: Checkpoint, layer: int, exchange: ExpertExchange) -> None:
         config = checkpoint.config
         prefix = f"model.layers.{layer}"
-        self.eps = config.rms_norm_eps
         self.attention = Attention(checkpoint, layer)
-        self.norm_before = checkpoint.tensor(f"{prefix}.input_layernorm.weight", (config.hidden_size,))
-        self.norm_after = checkpoint.tensor(f"{prefix}.post_attention_layernorm.weight", (config.hidden_size,))
+        self.norm_before = _norm(checkpoint, f"{prefix}.input_layernorm")
+        self.norm_after = _norm(checkpoint, f"{prefix}.post_attention_layernorm")
         self.mlp: _Mlp | _Moe
         if config.is_moe_layer(layer):
             self.mlp = _Moe(checkpoint, layer, exchange)
         else:
             self.mlp = _Mlp(checkpoint, f"{prefix}.mlp", config.intermediate_size)
+
+
+def _norm(checkpoint: Checkpoint, name: str) -> RmsNorm:
+    config = checkpoint.config
+    return RmsNorm(checkpoint.tensor(f"{name}.weight", (config.hidden_size,)), config.rms_norm_eps)
 
 
 class Model:
@@ -151,7 +159,7 @@ class Model:
         self._caches_FC = kv_cache_LBPC.flatten(1, 2).unbind(0)
         self._embedding = checkpoint.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         self._layers = [_Layer(checkpoint, layer, exchange) for layer in range(config.num_hidden_layers)]
-        self._norm = checkpoint.tensor("model.norm.weight", (config.hidden_size,))
+        self._norm = _norm(checkpoint, "model.norm")
         self._rotary = RotaryTable(config)
         head = self._embedding
         if not config.tie_word_embeddings:
@@ -177,14 +185,12 @@ class Model:
         )
         padding = num_padded(num_tokens) - num_tokens
         x_TH = self._embedding.index_select(0, torch.from_numpy(np.pad(batch.token_ids_T, (0, padding))))
-        cos_sin = self._rotary.at(torch.from_numpy(np.pad(batch.position_T, (0, padding))))
+        turn_T1h = self._rotary.at(torch.from_numpy(np.pad(batch.position_T, (0, padding))))
         for layer, cache_FC in zip(self._layers, self._caches_FC, strict=True):
-            attention_in = rms_norm(x_TH, layer.norm_before, layer.eps)
-            x_TH = x_TH + layer.attention.run(attention_in, cos_sin, plan, cache_FC)
-            mlp_in = rms_norm(x_TH, layer.norm_after, layer.eps)
-            x_TH = x_TH + (layer.mlp.run(mlp_in, num_tokens) if isinstance(layer.mlp, _Moe) else layer.mlp.run(mlp_in))
+            x_TH = x_TH + layer.attention.run(layer.norm_before.run(x_TH), turn_T1h, plan, cache_FC)
+            x_TH = x_TH + layer.mlp.run(layer.norm_after.run(x_TH), num_tokens)
         asked_SH = pad_rows(x_TH.index_select(0, torch.from_numpy(batch.logit_index_S)))
-        logits = linear(rms_norm(asked_SH, self._norm, self.config.rms_norm_eps), self._head)
+        logits = linear(self._norm.run(asked_SH), self._head)
         return logits[: len(batch.logit_index_S)]
 
     def _check(self, batch: Batch) -> None:

@@ -11,6 +11,8 @@ sigmoid and silu do not: their tails use another exp, so an element's bits depen
 Legend: R rows, B blocks of ROW_BLOCK rows, K inner size, N outer size.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -45,10 +47,17 @@ def linear(x_RK: Tensor, weight_KN: Tensor) -> Tensor:
     return out_RN
 
 
-def rms_norm(x_RK: Tensor, weight_K: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, per row."""
-    mean = (x_RK * x_RK).sum(-1, keepdim=True).mul_(1.0 / x_RK.shape[-1])
-    return x_RK * mean.add_(eps).rsqrt_() * weight_K
+class RmsNorm:
+    """x / sqrt(mean(x^2) + eps) * weight, per row; computed as x / sqrt(sum(x^2) + K eps) * (weight sqrt(K))."""
+
+    def __init__(self, weight_K: Tensor, eps: float) -> None:
+        size = weight_K.shape[0]
+        self._weight_K = weight_K * math.sqrt(size)
+        self._eps = eps * size
+
+    def run(self, x_RK: Tensor) -> Tensor:
+        scale_R1 = (x_RK * x_RK).sum(-1, keepdim=True).add_(self._eps).rsqrt_()
+        return (x_RK * scale_R1).mul_(self._weight_K)
 
 
 def sigmoid(x: Tensor) -> Tensor:
