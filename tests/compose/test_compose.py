@@ -14,7 +14,7 @@ from tests.compose.containers import Containers, compose_command
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(1500)]
 
-BODY = {"model": "abacus", "prompt": "count from 17 to 60", "max_tokens": 120, "temperature": 0, "ignore_eos": True}
+BODY = {"model": "abacus", "prompt": "count from 17 to 60", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +50,19 @@ def test_a_masked_rank_leaves_and_comes_back_under_a_stream(cluster: Containers)
     whole = cluster.post("/v1/completions", BODY)
     assert whole["usage"]["completion_tokens"] == BODY["max_tokens"]
 
-    def mask_in_mid_stream(chunk: int) -> None:
-        if chunk == 5:
-            publish_until(cluster, {"type": "fault", "id": "mask-1", "action": "mask", "rank": 1}, 1, "masked")
+    masked: list[int] = []
 
-    epoch = cluster.get("/cluster")["epoch"]
-    assert cluster.stream("/v1/completions", BODY, mask_in_mid_stream) == whole["choices"][0]["text"]
-    assert cluster.get("/cluster")["epoch"] > epoch
-    publish_until(cluster, {"type": "fault", "id": "unmask-1", "action": "unmask", "rank": 1}, 1, "serving")
+    def mask_the_rank_that_streams(chunk: int) -> None:
+        if chunk == 5:
+            masked.extend(rank["rank"] for rank in cluster.get("/cluster")["ranks"] if rank["running"])
+            event = {"type": "fault", "id": "mask-1", "action": "mask", "rank": masked[0]}
+            publish_until(cluster, event, masked[0], "masked")
+
+    assert cluster.stream("/v1/completions", BODY, mask_the_rank_that_streams) == whole["choices"][0]["text"]
+    assert len(masked) == 1
+    publish_until(
+        cluster, {"type": "fault", "id": "unmask-1", "action": "unmask", "rank": masked[0]}, masked[0], "serving"
+    )
     assert cluster.post("/v1/completions", BODY)["choices"] == whole["choices"]
 
 
