@@ -38,7 +38,12 @@ def left_over(look: Callable[[], set[str]]) -> list[str]:
 
 def living_threads() -> dict[int, str]:
     """Daemon threads too: one that outlives its owner goes on touching what the next test made."""
-    return {thread.ident: thread.name for thread in threading.enumerate() if thread.ident is not None}
+    return {
+        thread.ident: thread.name
+        for thread in threading.enumerate()
+        # pyzmq keeps one thread for the life of the process, which frees the buffers of zero-copy sends.
+        if thread.ident is not None and type(thread).__module__ != "zmq.utils.garbage"
+    }
 
 
 def child_processes() -> dict[int, str]:
@@ -52,10 +57,12 @@ def child_processes() -> dict[int, str]:
 
 
 def command_of(pid: int) -> str:
+    """The command line, or the mere name of a zombie, which has none."""
     try:
-        return (_PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        line = (_PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        return line or (_PROC / str(pid) / "comm").read_text().strip()
     except OSError:
-        return ""
+        return "gone"
 
 
 def descendants() -> dict[int, str]:
@@ -111,10 +118,14 @@ def what_ran_before(request: pytest.FixtureRequest) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     """After all fixtures of the test, its event loop among them, which a fixture could not wait for."""
-    yield
-    if _BEFORE not in item.stash:
-        return  # its set-up failed earlier
-    threads, children = item.stash[_BEFORE]
+    try:
+        yield
+    finally:
+        if _BEFORE in item.stash:  # absent when the set-up failed earlier
+            fail_on_leaks(*item.stash[_BEFORE])
+
+
+def fail_on_leaks(threads: Set[int], children: Set[int]) -> None:
     left = left_over(lambda: {name for ident, name in living_threads().items() if ident not in threads})
     assert not left, f"threads left running: {left}"
     left = left_over(lambda: {f"{pid} {text}" for pid, text in child_processes().items() if pid not in children})

@@ -19,8 +19,8 @@ LEAKS = {
         "def test(): threading.Thread(target=threading.Event().wait, daemon=True).start()",
         "threads left running",
     ),
-    "child": ("def test(): kept.append(subprocess.Popen(['sleep', '100']))", "child processes left: ['* sleep 100']"),
-    "zombie": ("def test(): os.posix_spawn('/bin/true', ['true'], {})", "child processes left"),
+    "child": ("def test(): kept.append(subprocess.Popen(['sleep', '100']))", "child processes left: ['* sleep*']"),
+    "zombie": ("def test(): os.posix_spawn('/bin/true', ['true'], {})", "child processes left: ['* true']"),
     "orphan": (
         "def test(): subprocess.run(['sh', '-c', 'sleep 100 > /dev/null 2>&1 &'], check=True)",
         "processes left running: ['* sleep 100']",
