@@ -110,16 +110,19 @@ async def test_a_final_refusal_ends_the_process_with_the_reason(stage: _Stage) -
         await stage.run
 
 
-async def test_the_lifeline_names_the_process_and_closes_with_it() -> None:
-    context = zmq.asyncio.Context()
-    # Four neighbouring ports, as the monitor has them: the lifeline is the second.
+def _neighbouring_ports(context: zmq.asyncio.Context) -> tuple[Endpoint, socket.socket]:
+    """As the monitor has them: the lifeline listens on the port after the control port."""
     while True:
         endpoint = Endpoint(context)
         try:
-            server = socket.create_server(("127.0.0.1", endpoint.port + 1))
-            break
+            return endpoint, socket.create_server(("127.0.0.1", endpoint.port + 1))
         except OSError:
             endpoint.close()
+
+
+async def test_the_lifeline_names_the_process_and_closes_with_it() -> None:
+    context = zmq.asyncio.Context()
+    endpoint, server = _neighbouring_ports(context)
     events: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
 
     async def on_lifeline(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
