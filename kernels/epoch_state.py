@@ -91,8 +91,8 @@ class EpochState:
 
     @property
     def missing(self) -> tuple[int, ...]:
-        """Ranks whose word was not there when the last wait ended, for whatever reason it ended. Evidence, not an
-        accusation.
+        """Ranks whose word this rank lacks right now, or lacked when the last wait ended, for whatever reason it ended.
+        Evidence, not an accusation. May be read from any thread.
         """
         return self._wait.missing
 
@@ -118,12 +118,13 @@ class EpochState:
             raise ValueError(f"rank {rank} is a member of epoch {self.epoch}: adopt a view without it first")
         self._windows.pop(rank, None)
 
-    def adopt(self, epoch: int, members: Sequence[int], digest: int) -> None:
+    def adopt(self, epoch: int, members: Sequence[int], digest: int, *, in_band: bool = False) -> None:
         """Leave the current epoch and enter ``epoch``: status, observation, masks and step counter begin anew.
 
         Only between operations. Poisons all members of the old epoch first, whether this rank was waiting or not
-        (PROTOCOL 2.6). ``digest``: 32 bits of the view and of the active placement. Set ``digest`` anew when a
-        placement becomes active in mid-epoch.
+        (PROTOCOL 2.6); not so ``in_band``, when all members do the same after a clean round: a slower one may still
+        read the last words of that round, and poison would make it void. ``digest``: 32 bits of the view and of the
+        active placement. Set ``digest`` anew when a placement becomes active in mid-epoch.
         """
         floor = epoch_floor(epoch)
         if epoch <= self.epoch:
@@ -133,7 +134,8 @@ class EpochState:
         unmapped = sorted(set(members) - set(self._windows))
         if unmapped:
             raise ValueError(f"epoch {epoch} has members whose heaps are not mapped here: {unmapped}")
-        self._poison_peers()
+        if not in_band:
+            self._poison_peers()
         self.members = tuple(sorted(set(members)))
         self.epoch, self._floor, self._n = epoch, floor, 0
         self.digest = digest

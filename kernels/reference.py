@@ -75,8 +75,8 @@ class ElasticGroup(EpochState):
         self._outbox: Int32Array = np.zeros((ep.max_tokens, rows.shape[1]), np.int32)
         self._outbox[:, 0] = np.arange(ep.max_tokens)
 
-    def adopt(self, epoch: int, members: Sequence[int], digest: int) -> None:
-        super().adopt(epoch, members, digest)
+    def adopt(self, epoch: int, members: Sequence[int], digest: int, *, in_band: bool = False) -> None:
+        super().adopt(epoch, members, digest, in_band=in_band)
         self._num_headers = self._combine_due = 0
 
     def allgather(self, header_words: Sequence[int], stop: Callable[[], bool] | None = None) -> HeaderRound | None:
@@ -271,7 +271,10 @@ class ElasticGroup(EpochState):
         num_words = self.layout.ep.num_header_words
         if len(header_words) > num_words:
             raise ValueError(f"a header has {num_words} words, got {len(header_words)}")
-        return [digest, *header_words] + [0] * (num_words - len(header_words))
+        data = [digest, *header_words] + [0] * (num_words - len(header_words))
+        if min(data) < 0 or max(data) >> 32:
+            raise ValueError(f"digest and header words are 32-bit unsigned, got {data}")
+        return data
 
     def _write_header(self, step: int, ordinal: int, members: Sequence[int], data: list[int]) -> None:
         bank = header_bank(step >> EPOCH_SHIFT, ordinal)

@@ -46,8 +46,8 @@ def yield_then_sleep(num_polls: int) -> None:
 class WordWait:
     """The waits of one rank. ``poison`` is the poison row of its own heap, indexed by the writer's slot.
 
-    ``missing`` names the sources without a word when the last wait ended; ``wait_s`` adds up, per slot, how long this
-    rank waited.
+    ``missing`` names the sources without a word now, or when the last wait ended; ``wait_s`` adds up, per slot, how
+    long this rank waited.
     """
 
     def __init__(self, rank: int, poison: memoryview, clock: Clock, pause: Pause) -> None:
@@ -84,8 +84,8 @@ class WordWait:
                 elif num_polls:
                     self.wait_s[source] += now - start
             pending = still
+            self.missing = tuple(pending)
             if not pending:
-                self.missing = ()
                 return WaitEnd.COMPLETE
             end = None
             if future:
@@ -99,7 +99,6 @@ class WordWait:
             elif deadline_s is not None and now - start >= deadline_s:
                 end = WaitEnd.DEADLINE
             if end is not None:
-                self.missing = tuple(pending)
                 for source in pending:
                     self.wait_s[source] += now - start
                 return end
