@@ -48,8 +48,8 @@ class ProcessArgs:
         return options
 
 
-def parse_process_args(kind: str, arguments: Sequence[str] | None = None) -> ProcessArgs:
-    """Reads ``arguments`` (None = those of this process). On nonsense prints one line and exits with code 2."""
+def process_parser(kind: str) -> argparse.ArgumentParser:
+    """The parser of the options above, for those who add some of their own."""
     parser = argparse.ArgumentParser(prog=f"services.{kind}", allow_abbrev=False)
     parser.add_argument("--monitor-address", type=_monitor_address, required=True, metavar="HOST:PORT")
     parser.add_argument("--host", required=True, help="name or address under which others reach this process")
@@ -60,7 +60,10 @@ def parse_process_args(kind: str, arguments: Sequence[str] | None = None) -> Pro
     parser.add_argument("--heap-dir", type=Path, default=DEFAULT_HEAP_DIR)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--run-dir", type=Path)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def process_args(kind: str, options: argparse.Namespace) -> ProcessArgs:
     return ProcessArgs(
         kind=kind,
         monitor_address=options.monitor_address,
@@ -73,6 +76,11 @@ def parse_process_args(kind: str, arguments: Sequence[str] | None = None) -> Pro
         port=options.port,
         run_dir=options.run_dir,
     )
+
+
+def parse_process_args(kind: str, arguments: Sequence[str] | None = None) -> ProcessArgs:
+    """Reads ``arguments`` (None = those of this process). On nonsense prints one line and exits with code 2."""
+    return process_args(kind, process_parser(kind).parse_args(arguments))
 
 
 def _monitor_address(text: str) -> MonitorAddress:

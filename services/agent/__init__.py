@@ -1,0 +1,1 @@
+"""Starts, restarts, signals and reaps the processes of one host or one container."""

@@ -1,0 +1,312 @@
+"""The agent's shell: processes, pidfds, signals, the monitor.
+
+Children are started in sessions of their own, so a terminal's Ctrl-C reaches ``regrow up`` alone, which then stops them
+in order. They outlive a killed agent on purpose; its next life finds them by their command lines and goes on with them.
+As process 1 of a container the agent also reaps whatever its children left behind.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import SystemRandom
+
+import zmq
+import zmq.asyncio
+
+from common.config import load_config
+from common.ids import make_process_id
+from common.messages import Exited, Heartbeat, Hello, Message, Signal, Welcome
+from common.monitor_client import MonitorClient
+from common.process_args import ProcessArgs
+from common.process_table import open_pidfd, processes_of, send_signal, state_of
+from common.service_runner import OperatorError
+from services.agent import signal_requests, supervisor
+from services.agent.exit_reports import ExitReports
+from services.agent.signal_requests import Answer, Deliver, SignalRequests
+from services.agent.supervisor import GiveUp, Kill, Spawn, Supervisor
+
+_TICK_S = 0.05
+_PROOF_TICK_S = 0.005
+# A rank computes on one core; thread pools of several ranks on one host would only fight each other.
+_ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+_COMPUTE_KINDS = ("prefill", "decode")
+_ROOT = Path(__file__).resolve().parents[2]
+
+log = logging.getLogger("regrow.agent")
+
+Command = Callable[[str, ProcessArgs], Sequence[str]]
+
+
+def service_command(kind: str, args: ProcessArgs) -> list[str]:
+    return [sys.executable, "-m", f"services.{kind}", *args.command_line()]
+
+
+class AgentService:
+    """``names``: the children ("decode-0", ...); ``command`` makes the command line of one."""
+
+    def __init__(
+        self,
+        args: ProcessArgs,
+        names: Sequence[str],
+        context: zmq.asyncio.Context,
+        command: Command = service_command,
+    ) -> None:
+        random = SystemRandom()
+        self._args, self._command = args, command
+        self.process = args.process_id or make_process_id(args.name, random.getrandbits(64))
+        self.supervisor = Supervisor(names, load_config(args.config), random, time.monotonic())
+        self._requests, self._reports = SignalRequests(), ExitReports()
+        self._pidfds: dict[str, int] = {}
+        self._log_starts: dict[str, int] = {}
+        self._failure = ""
+        self._loop = asyncio.get_running_loop()
+        self._monitor = MonitorClient(
+            context, self.process, args.monitor_address, self._hello, self._beat, self._on_message
+        )
+
+    async def serve(self, stop: asyncio.Event) -> None:
+        """Until everything has been stopped; raises OperatorError when a child without which nothing works gives up."""
+        self._take_over()
+        monitor = asyncio.create_task(self._monitor.run())
+        try:
+            while not self.supervisor.is_stopped:
+                if stop.is_set() or self._failure or monitor.done():
+                    self._perform(self.supervisor.on_stop(time.monotonic()))
+                self._tick()
+                await self._wait_for_tick(stop)
+        finally:
+            for name in list(self._pidfds):
+                self._close_pidfd(name)
+            monitor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await monitor
+        if self._failure:
+            raise OperatorError(self._failure)
+
+    async def _wait_for_tick(self, stop: asyncio.Event) -> None:
+        tick_s = _PROOF_TICK_S if self._requests.stop_or_cont_pending else _TICK_S
+        if stop.is_set():
+            await asyncio.sleep(tick_s)
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(tick_s):
+                await stop.wait()
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        for process in self._requests.stop_or_cont_pending:
+            if child := self.supervisor.by_process(process):
+                self._answer(self._requests.on_state(process, state_of(child.pid)))
+        self._answer(self._requests.on_tick(now))
+        for report in self._reports.on_tick(now):
+            self._monitor.send(report)
+        self._perform(self.supervisor.on_tick(now))
+        if os.getpid() == 1:
+            self._reap_strangers()
+
+    def _take_over(self) -> None:
+        """Children that a former life of this agent left running."""
+        run_dir = self._args.run_dir
+        if run_dir is None:
+            return
+        for found in processes_of(run_dir):
+            child = self.supervisor.children.get(found.name)
+            if child is None or child.kind != found.kind or (pidfd := open_pidfd(found, run_dir)) is None:
+                continue
+            if found.name in self._pidfds:
+                send_signal(pidfd, signal.SIGKILL)  # a second one of the same name: its agent died while starting it
+                os.close(pidfd)
+                continue
+            log.info("takes over %s, pid %d", found.name, found.pid)
+            self.supervisor.on_spawned(found.name, found.process, found.pid, time.monotonic())
+            self._watch(found.name, pidfd)
+
+    def _perform(self, actions: Sequence[supervisor.Action]) -> None:
+        for action in actions:
+            match action:
+                case Spawn():
+                    self._spawn(action)
+                case Kill(name=name, signal=signal_name):
+                    if name in self._pidfds:
+                        send_signal(self._pidfds[name], signal.Signals[f"SIG{signal_name}"])
+                case GiveUp(name=name, reason=reason, fatal=fatal):
+                    self._on_given_up(name, reason, fatal)
+
+    def _spawn(self, spawn: Spawn) -> None:
+        args = ProcessArgs(
+            kind=spawn.kind,
+            monitor_address=self._args.monitor_address,
+            host=self._args.host,
+            name=spawn.name,
+            process_id=spawn.process,
+            agent=self._args.name,
+            config=self._args.config,
+            heap_dir=self._args.heap_dir,
+            port=self._args.port if spawn.kind == "router" else 0,
+            run_dir=self._args.run_dir,
+        )
+        words = self._command(spawn.kind, args)
+        try:
+            pid = os.posix_spawn(
+                words[0],
+                list(words),
+                _environment(spawn.kind),
+                file_actions=self._file_actions(spawn.name),
+                setsid=True,
+                setsigmask=[],
+                setsigdef=[signal.SIGINT, signal.SIGPIPE],
+            )
+            pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            log.error("cannot start %s: %s", spawn.name, error.strerror)
+            self._perform(self.supervisor.on_exit(spawn.name, f"cannot start: {error.strerror}", time.monotonic()))
+            return
+        log.info("started %s, pid %d", spawn.name, pid)
+        self.supervisor.on_spawned(spawn.name, spawn.process, pid, time.monotonic())
+        self._watch(spawn.name, pidfd)
+
+    def _file_actions(self, name: str) -> list[tuple[int, int, str, int, int] | tuple[int, int, int]]:
+        actions: list[tuple[int, int, str, int, int] | tuple[int, int, int]] = [
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
+        ]
+        if path := self._log_path(name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._log_starts[name] = path.stat().st_size if path.exists() else 0
+            actions.append((os.POSIX_SPAWN_OPEN, 1, str(path), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
+            actions.append((os.POSIX_SPAWN_DUP2, 1, 2))
+        return actions
+
+    def _log_path(self, name: str) -> Path | None:
+        return self._args.run_dir / "logs" / f"{name}.log" if self._args.run_dir else None
+
+    def _watch(self, name: str, pidfd: int) -> None:
+        self._pidfds[name] = pidfd
+        self._loop.add_reader(pidfd, self._on_exit, name)
+
+    def _close_pidfd(self, name: str) -> None:
+        pidfd = self._pidfds.pop(name)
+        self._loop.remove_reader(pidfd)
+        os.close(pidfd)
+
+    def _on_exit(self, name: str) -> None:
+        """The pidfd became readable: the process has ended, however it did."""
+        now, child = time.monotonic(), self.supervisor.children[name]
+        reason = _reap(self._pidfds[name])
+        self._close_pidfd(name)
+        log.warning("%s, pid %d, has ended: %s", name, child.pid, reason)
+        process, pid = child.process, child.pid
+        for report in self._reports.on_exit(Exited(self._args.name, process, name, pid, reason), now):
+            self._monitor.send(report)
+        self._answer(self._requests.on_exit(process, reason))
+        for heap in self._args.heap_dir.glob(f"{process}.*.heap"):
+            heap.unlink(missing_ok=True)
+        self._perform(self.supervisor.on_exit(name, reason, now))
+
+    def _on_given_up(self, name: str, reason: str, fatal: bool) -> None:
+        text = f"{name} cannot run: {self._last_words(name) or reason}"
+        log.error("%s; %s; it will not be started again", text, reason)
+        if fatal and not self._failure:
+            self._failure = text
+
+    def _last_words(self, name: str) -> str:
+        """What the last life of the child said about its end."""
+        path = self._log_path(name)
+        if path is None or not path.exists():
+            return ""
+        with path.open("rb") as file:
+            file.seek(max(self._log_starts.get(name, 0), path.stat().st_size - 4096))
+            lines = file.read().decode(errors="replace").split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "")
+        return last.partition(" error: ")[2] or last
+
+    def _reap_strangers(self) -> None:
+        """Orphans of children come to process 1; nobody else collects them."""
+        own = {child.pid for child in self.supervisor.alive}
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+                if ended.si_pid in own:
+                    return  # its pidfd is readable: `_on_exit` comes next
+                os.waitpid(ended.si_pid, os.WNOHANG)
+
+    def _answer(self, actions: Sequence[signal_requests.Action]) -> None:
+        for action in actions:
+            match action:
+                case Answer(message=message):
+                    self._monitor.send(message)
+                case Deliver(process=process, signal=signal_name):
+                    if signal_name in ("KILL", "TERM"):
+                        self.supervisor.on_asked_to_kill(process)
+                    if child := self.supervisor.by_process(process):
+                        send_signal(self._pidfds[child.name], signal.Signals[f"SIG{signal_name}"])
+
+    def _on_message(self, message: Message) -> None:
+        match message:
+            case Signal(process=process):
+                is_alive = self.supervisor.by_process(process) is not None
+                self._answer(self._requests.on_request(message, is_alive, time.monotonic()))
+            case Welcome(config=config):
+                self.supervisor.configure(config)
+            case _:
+                pass  # views and directories are for others
+
+    def _hello(self) -> Hello:
+        children = tuple((child.process, child.name, child.pid) for child in self.supervisor.alive)
+        return Hello(self.process, "agent", self._args.name, self._args.host, os.getpid(), "", children=children)
+
+    def _beat(self) -> Heartbeat:
+        children = list(self.supervisor.children.values())
+        counters = {
+            "children": len(children),
+            "restarts": sum(child.num_restarts for child in children),
+            "given_up": sum(child.state is supervisor.ChildState.GIVEN_UP for child in children),
+        }
+        return Heartbeat(self.process, term=self._monitor.term, counters=counters)
+
+
+def _reap(pidfd: int) -> str:
+    """Why the process ended. A process taken over from another life of the agent has another parent: "gone"."""
+    try:
+        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    except ChildProcessError:
+        return "gone"
+    if result is None:
+        return "gone"
+    if result.si_code == os.CLD_EXITED:
+        return f"exit {result.si_status}"
+    try:
+        return f"signal {signal.Signals(result.si_status).name.removeprefix('SIG')}"
+    except ValueError:
+        return f"signal {result.si_status}"  # a real-time signal has no name
+
+
+def _environment(kind: str) -> dict[str, str]:
+    """The agent's own; imports come from this tree, not from a folder ``common`` that lies where the user stands."""
+    environment = dict(os.environ)
+    if kind in _COMPUTE_KINDS:
+        environment = {**dict.fromkeys(_ONE_THREAD, "1"), **environment}
+    environment["PYTHONSAFEPATH"] = "1"
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
+    return environment
+
+
+async def serve(args: ProcessArgs, names: Sequence[str], stop_at_eof: bool, stop: asyncio.Event) -> None:
+    """``stop_at_eof``: end of standard input, which is a pipe from ``regrow up``, means that it is gone."""
+    loop = asyncio.get_running_loop()
+
+    def on_input() -> None:
+        if not os.read(0, 4096):
+            loop.remove_reader(0)
+            stop.set()
+
+    if stop_at_eof:
+        loop.add_reader(0, on_input)
+    with zmq.asyncio.Context() as context:
+        await AgentService(args, names, context).serve(stop)
+    with contextlib.suppress(OSError):
+        args.heap_dir.rmdir()  # empty now, unless it is shared with other agents

@@ -1,0 +1,228 @@
+"""Which children run, and what follows when one ends. Pure.
+
+    WAITING --spawned--> RUNNING --exit--> WAITING --too many deaths--> GIVEN_UP
+       |                    |
+       | stop               | stop: SIGTERM, SIGKILL after the grace time
+       v                    v
+    STOPPED <----exit---- STOPPING        (and from RUNNING, on an exit while others are being stopped)
+
+A death soon after the start doubles the time until the next start; a life of `STABLE_S` forgets the deaths before it. A
+child is given up after too many deaths in the window, or when it says twice in a row, by exit code 2, that an operator
+must change something. A death that was asked for through the agent (a fault, a fence) is nobody's failure and counts
+for nothing. When a kind without which nothing is served has been given up altogether, the agent fails as a whole.
+
+The stop goes by phases: routers first, which finish their streams, while everything they need is still there; the
+monitor last.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from random import Random
+
+from common.config import ClusterConfig
+from common.ids import ProcessId, make_process_id
+from common.state_machine import StateMachine, transition_table
+
+STABLE_S = 10.0
+OPERATOR_MUST_ACT = "exit 2"
+_NO_PROCESS = ProcessId("")
+ESSENTIAL_KINDS = ("monitor", "router", "prefill", "decode")
+_STOP_PHASES: tuple[tuple[str, ...], ...] = (("router",), ("planner", "prefill", "decode"), ("monitor",))
+
+
+class ChildState(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    GIVEN_UP = "given up"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+
+
+MOVES = transition_table(
+    {
+        ChildState.WAITING: {ChildState.RUNNING, ChildState.GIVEN_UP, ChildState.STOPPED},
+        ChildState.RUNNING: {ChildState.WAITING, ChildState.GIVEN_UP, ChildState.STOPPING, ChildState.STOPPED},
+        ChildState.GIVEN_UP: {ChildState.STOPPED},
+        ChildState.STOPPING: {ChildState.STOPPED},
+        ChildState.STOPPED: set(),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    """Start it, then call `on_spawned`, or `on_exit` with the reason why it could not be started."""
+
+    name: str
+    kind: str
+    process: ProcessId
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """Send ``signal`` (a name) to the child."""
+
+    name: str
+    signal: str
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """It will not be started again; ``fatal``: nothing can be served without its kind, stop everything."""
+
+    name: str
+    reason: str
+    fatal: bool
+
+
+Action = Spawn | Kill | GiveUp
+
+
+@dataclass(slots=True)
+class Child:
+    name: str
+    kind: str
+    machine: StateMachine[ChildState]
+    process: ProcessId = _NO_PROCESS
+    pid: int = 0
+    started: float = 0.0
+    start_at: float = 0.0
+    kill_at: float | None = None
+    death_was_asked_for: bool = False
+    deaths: deque[float] = field(default_factory=deque)
+    num_operator_errors: int = 0
+    num_restarts: int = 0
+
+    @property
+    def state(self) -> ChildState:
+        return self.machine.state
+
+
+def kind_of(name: str) -> str:
+    """``decode-2`` -> ``decode``"""
+    return name.partition("-")[0]
+
+
+class Supervisor:
+    """``rng`` draws the nonces of process ids."""
+
+    def __init__(self, names: Sequence[str], config: ClusterConfig, rng: Random, now: float) -> None:
+        self._config, self._rng = config, rng
+        self._children = {
+            name: Child(name, kind_of(name), StateMachine(name, MOVES, ChildState.WAITING, now), start_at=now)
+            for name in names
+        }
+        self._stop_phase: int | None = None
+
+    @property
+    def children(self) -> Mapping[str, Child]:
+        return self._children
+
+    @property
+    def alive(self) -> list[Child]:
+        return [c for c in self._children.values() if c.state in (ChildState.RUNNING, ChildState.STOPPING)]
+
+    @property
+    def is_stopped(self) -> bool:
+        return all(child.state is ChildState.STOPPED for child in self._children.values())
+
+    def by_process(self, process: ProcessId) -> Child | None:
+        return next((child for child in self.alive if child.process == process), None)
+
+    def configure(self, config: ClusterConfig) -> None:
+        """The configuration in force, once the monitor has told it."""
+        self._config = config
+
+    def on_spawned(self, name: str, process: ProcessId, pid: int, now: float) -> None:
+        """Also for a child that another life of the agent left running."""
+        child = self._children[name]
+        child.machine.move(ChildState.RUNNING, now, f"pid {pid}")
+        child.process, child.pid, child.started, child.death_was_asked_for = process, pid, now, False
+
+    def on_asked_to_kill(self, process: ProcessId) -> None:
+        if child := self.by_process(process):
+            child.death_was_asked_for = True
+
+    def on_exit(self, name: str, reason: str, now: float) -> list[Action]:
+        """The child was reaped, or could not be started. ``reason``: "exit 1", "signal KILL", ..."""
+        child = self._children[name]
+        if self._stop_phase is not None:  # also one that died by itself before its phase came
+            child.machine.move(ChildState.STOPPED, now, reason)
+            return self._advance_stop(now)
+        if self._gives_up(child, reason, now):
+            return [self._give_up(child, reason, now)]
+        if child.state is ChildState.RUNNING:
+            child.machine.move(ChildState.WAITING, now, reason)
+        agent = self._config.agent
+        doublings = max(0, len(child.deaths) - 1)
+        child.start_at = now + min(agent.restart_backoff_s * 2.0**doublings, agent.restart_backoff_max_s)
+        child.num_restarts += 1
+        return []
+
+    def _gives_up(self, child: Child, reason: str, now: float) -> bool:
+        agent = self._config.agent
+        if child.death_was_asked_for:
+            return False
+        if child.state is ChildState.RUNNING and now - child.started >= STABLE_S:
+            child.deaths.clear()
+            child.num_operator_errors = 0
+        child.num_operator_errors = child.num_operator_errors + 1 if reason == OPERATOR_MUST_ACT else 0
+        child.deaths.append(now)
+        while now - child.deaths[0] > agent.give_up_window_s:
+            child.deaths.popleft()
+        return child.num_operator_errors >= 2 or len(child.deaths) >= agent.give_up_after
+
+    def _give_up(self, child: Child, reason: str, now: float) -> GiveUp:
+        child.machine.move(ChildState.GIVEN_UP, now, reason)
+        siblings = [other for other in self._children.values() if other.kind == child.kind]
+        all_given_up = all(other.state is ChildState.GIVEN_UP for other in siblings)
+        times = f"{len(child.deaths)} deaths" if len(child.deaths) > 1 else "1 death"
+        return GiveUp(child.name, f"{reason} ({times})", all_given_up and child.kind in ESSENTIAL_KINDS)
+
+    def on_tick(self, now: float) -> list[Action]:
+        if self._stop_phase is not None:
+            return [Kill(child.name, "KILL") for child in self.alive if self._is_overdue(child, now)]
+        actions: list[Action] = []
+        for child in self._children.values():
+            if child.state is ChildState.WAITING and now >= child.start_at:
+                process = make_process_id(child.name, self._rng.getrandbits(64))
+                actions.append(Spawn(child.name, child.kind, process))
+        return actions
+
+    def _is_overdue(self, child: Child, now: float) -> bool:
+        if child.kill_at is None or now < child.kill_at:
+            return False
+        child.kill_at = now + 1.0  # again, in case the first was lost on a process that was just starting
+        return True
+
+    def on_stop(self, now: float) -> list[Action]:
+        """Stops everything in order; calling it again changes nothing."""
+        if self._stop_phase is not None:
+            return []
+        self._stop_phase = -1
+        for child in self._children.values():
+            if child.state in (ChildState.WAITING, ChildState.GIVEN_UP):
+                child.machine.move(ChildState.STOPPED, now, "stop")
+        return self._advance_stop(now)
+
+    def _advance_stop(self, now: float) -> list[Action]:
+        """Starts the next phase when nobody of the present one is left."""
+        if self._stop_phase is None or any(child.state is ChildState.STOPPING for child in self.alive):
+            return []
+        while self._stop_phase + 1 < len(_STOP_PHASES):
+            self._stop_phase += 1
+            due = [child for child in self.alive if child.kind in _STOP_PHASES[self._stop_phase]]
+            if due:
+                return [action for child in due for action in self._stop(child, now)]
+        return [action for child in self.alive for action in self._stop(child, now)]
+
+    def _stop(self, child: Child, now: float) -> list[Action]:
+        grace_s = self._config.agent.stop_s
+        if child.kind == "router":
+            grace_s += self._config.router.drain_s
+        child.kill_at = now + grace_s
+        child.machine.move(ChildState.STOPPING, now, "stop")
+        # A stopped process reads its SIGTERM only once it is continued.
+        return [Kill(child.name, "TERM"), Kill(child.name, "CONT")]
