@@ -26,6 +26,8 @@ from common.model.config import ModelConfig
 from common.model.kv_cache import Int64Array
 from common.model.row_blocks import RmsNorm, linear, num_padded
 
+# The published models norm the latents with this, whatever rms_norm_eps says.
+_LATENT_NORM_EPS = 1e-6
 KEY_BLOCK = 64
 QUERY_TILE = 2
 
@@ -126,13 +128,13 @@ class Attention:
         merged = torch.cat((latent_query, query[:, nope:][:, pairs]), dim=1) * (nope + rope) ** -0.5
         query_weight = merged.reshape(heads * (latent + rope), query_input)
         kv_weight = torch.cat((kv_a[:latent], kv_a[latent:][pairs]))
-        self._kv_norm = RmsNorm(read("kv_a_layernorm", latent), config.rms_norm_eps)
+        self._kv_norm = RmsNorm(read("kv_a_layernorm", latent), _LATENT_NORM_EPS)
         if config.q_lora_rank is None:
             self._first = _input_major(torch.cat((query_weight, kv_weight)))
         else:
             query_a = read("q_a_proj", config.q_lora_rank, hidden).double()
             self._first = _input_major(torch.cat((query_a, kv_weight)))
-            self._query_norm = RmsNorm(read("q_a_layernorm", config.q_lora_rank), config.rms_norm_eps)
+            self._query_norm = RmsNorm(read("q_a_layernorm", config.q_lora_rank), _LATENT_NORM_EPS)
             self._query_b = _input_major(query_weight)
         merged_output = torch.einsum("xhv,hvd->xhd", output, kv_b[:, nope:])
         self._output = _input_major(merged_output.reshape(hidden, heads * latent))

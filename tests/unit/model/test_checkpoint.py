@@ -1,0 +1,135 @@
+"""Reading tensors: shards, bf16, only what is asked for; every failure names the file and the tensor."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from common.model.checkpoint import Checkpoint
+from common.model.experts import ExpertLayout, LocalExperts, expert_mlp, row_checksum
+from common.model.model import Model
+from tests.unit.model.tiny_models import TINY_RANDOM, open_model
+
+UP = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    shutil.copytree(TINY_RANDOM, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def rewrite(directory: Path, change: dict[str, torch.Tensor | None]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    for name, tensor in change.items():
+        del tensors[name]
+        if tensor is not None:
+            tensors[name] = tensor
+    save_file(tensors, directory / "model.safetensors")
+
+
+def shard(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    weight_map = {name: f"model-{1 + (hash_of % 2)}.safetensors" for hash_of, name in enumerate(tensors)}
+    for file in sorted(set(weight_map.values())):
+        save_file({name: t for name, t in tensors.items() if weight_map[name] == file}, directory / file)
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_shards_hold_the_same_tensors_as_one_file(directory: Path) -> None:
+    whole = Checkpoint.open(TINY_RANDOM)
+    shard(directory)
+    for got, expected in zip(Checkpoint.open(directory).expert(1, 3), whole.expert(1, 3), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_bf16_is_widened_exactly(directory: Path) -> None:
+    stored = load_file(directory / "model.safetensors")[UP].to(torch.bfloat16)
+    rewrite(directory, {UP: stored})
+    got = Checkpoint.open(directory).tensor(UP, tuple(stored.shape))
+    assert got.dtype == torch.float32
+    assert torch.equal(got, stored.float())
+
+
+def test_a_rank_without_an_expert_never_reads_it(directory: Path) -> None:
+    rewrite(directory, {UP: None})
+    checkpoint = Checkpoint.open(directory)
+    row = torch.empty(checkpoint.expert_layout.row_size)
+    checkpoint.read_expert(1, 2, row)
+    with pytest.raises(ValueError, match=re.escape(f"tensor {UP} is missing")):
+        checkpoint.read_expert(1, 3, row)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(16, 63), "has shape (16, 63), expected (16, 64)"),
+        (torch.zeros(16, 64, dtype=torch.float16), "is stored as F16; supported: F32, BF16"),
+    ],
+)
+def test_wrong_tensors_are_named_with_their_file(directory: Path, tensor: torch.Tensor, message: str) -> None:
+    rewrite(directory, {UP: tensor})
+    with pytest.raises(ValueError, match=re.escape(f"model.safetensors: tensor {UP} {message}")):
+        Checkpoint.open(directory).expert(1, 3)
+
+
+def test_a_model_without_a_needed_tensor_does_not_load(directory: Path) -> None:
+    rewrite(directory, {"model.norm.weight": None})
+    with pytest.raises(ValueError, match=r"tensor model\.norm\.weight is missing"):
+        open_model(directory)
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"\xff" * 100])
+def test_broken_files_are_named(directory: Path, content: bytes) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: not a readable safetensors file")):
+        Checkpoint.open(directory)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"neither model\.safetensors nor"):
+        Checkpoint.open(directory)
+
+
+def test_a_broken_index_is_named(directory: Path) -> None:
+    path = directory / "model.safetensors.index.json"
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="not a safetensors index"):
+        Checkpoint.open(directory)
+    path.write_text(json.dumps({"weight_map": {UP: "model-9.safetensors"}}))
+    with pytest.raises(ValueError, match=r"names model-9\.safetensors, which is not there"):
+        Checkpoint.open(directory)
+
+
+def test_packed_rows_compute_what_the_stored_matrices_say() -> None:
+    torch.manual_seed(0)
+    layout = ExpertLayout(hidden_size=10, intermediate_size=3)
+    gate, up, down, x = torch.randn(3, 10), torch.randn(3, 10), torch.randn(10, 3), torch.randn(5, 10)
+    row = torch.full((layout.row_size,), float("nan"))
+    layout.pack(gate, up, down, row)
+    expected = (torch.nn.functional.silu(x @ gate.t()) * (x @ up.t())) @ down.t()
+    assert torch.allclose(expert_mlp(x, layout.views(row)), expected, atol=1e-5)
+    assert layout.row_bytes % 64 == 0
+    assert bool((row[90:] == 0).all()), "padding must be defined: it is part of the checksum"
+
+
+def test_the_checksum_is_that_of_a_copy_and_finds_a_changed_bit() -> None:
+    checkpoint = Checkpoint.open(TINY_RANDOM)
+    row = torch.full((checkpoint.expert_layout.row_size,), float("nan"))
+    checkpoint.read_expert(2, 5, row)
+    assert row_checksum(row) == checkpoint.expert_checksum(2, 5) != checkpoint.expert_checksum(2, 6)
+    row.view(torch.int32)[100] ^= 1
+    assert row_checksum(row) != checkpoint.expert_checksum(2, 5)
+
+
+def test_a_cache_that_does_not_fit_is_refused() -> None:
+    checkpoint = Checkpoint.open(TINY_RANDOM)
+    exchange = LocalExperts(checkpoint)
+    with pytest.raises(ValueError, match="KV cache has shape"):
+        Model(checkpoint, exchange, torch.zeros(2, 4, 16, 40))
+    with pytest.raises(ValueError, match="contiguous fp32"):
+        Model(checkpoint, exchange, torch.zeros(3, 4, 16, 40, dtype=torch.float64))
