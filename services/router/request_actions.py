@@ -1,0 +1,49 @@
+"""What the router core asks its shell to do. Frozen values, so that tests compare lists with ``==``."""
+
+from dataclasses import dataclass
+
+from common.ids import ProcessId, RequestId
+from common.messages import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Put ``message`` on the link to ``peer``; if there is no such link, drop it."""
+
+    peer: ProcessId
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """Outputs [start, start + len(ids)) of ``request``, each handed over exactly once and in order.
+
+    ``logprobs`` is empty or as long as ``ids``; a non-empty ``finish`` ("stop" or "length") ends the request.
+    """
+
+    request: RequestId
+    start: int
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """The request lost or left its place and waits for attempt number ``attempt``. For logs and counters."""
+
+    request: RequestId
+    attempt: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """The request ends without its remaining tokens; ``status`` is an HTTP status."""
+
+    request: RequestId
+    status: int
+    message: str
+
+
+Action = Send | Deliver | Replaced | Fail

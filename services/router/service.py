@@ -1,0 +1,319 @@
+"""The shell of the router: sockets, the clock and tasks around the core (`request_table`).
+
+HTTP handlers --open, close--> table --actions--> links to decode ranks and prefill workers
+links, monitor, bus --messages--> table --actions--> generations --> HTTP handlers
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import secrets
+import time
+from typing import Any
+
+import zmq.asyncio
+from aiohttp import web
+
+from common.bus import BusSubscriber
+from common.config import ClusterConfig
+from common.ids import Epoch, ProcessId, RequestId, make_process_id, make_request_id
+from common.messages import AskStatus, Directory, Heartbeat, Hello, Message, Sampling, Status, View, Welcome
+from common.metrics import render, router_metrics
+from common.monitor_client import MonitorClient
+from common.process_args import ProcessArgs
+from common.transport import Link
+from services.router.admission import RETRY_AFTER_OUTAGE_S, RETRY_AFTER_S, Admission
+from services.router.http_api import listen, make_runner
+from services.router.http_generation import Generation
+from services.router.request_actions import Action, Deliver, Fail, Replaced, Send
+from services.router.request_parsing import ApiError
+from services.router.request_table import RequestTable
+from services.router.served_model import ServedModel, load_served_model
+from services.router.text_stream import TextStream
+
+_TICK_S = 0.05
+_STATUS_DEADLINE_S = 1.0
+# After the drain: time to write what is left to the clients.
+_LAST_WORDS_S = 1.0
+
+log = logging.getLogger("regrow.router")
+
+
+async def serve(args: ProcessArgs, stop: asyncio.Event) -> None:
+    """Runs a router until ``stop`` is set and its streams have ended or been given ``drain_s``."""
+    context = zmq.asyncio.Context()
+    try:
+        await Router(args, context).run(stop)
+    finally:
+        context.destroy(linger=0)  # closes all sockets
+
+
+class Router:
+    """The `Gateway` of the HTTP side."""
+
+    def __init__(self, args: ProcessArgs, context: zmq.asyncio.Context) -> None:
+        self._args, self._context = args, context
+        self._process = args.process_id or make_process_id(args.name, secrets.randbits(64))
+        self._nonce, self._num_requests = secrets.randbits(64), 0
+        self._created = int(time.time())
+        self._metrics = router_metrics()
+        self._config = ClusterConfig()
+        self._admission = Admission(self._config.router)
+        self._table = RequestTable(self._process, self._config)
+        self._model: ServedModel | None = None
+        self._view: View | None = None
+        self._directory: Directory | None = None
+        self._generations: dict[RequestId, Generation] = {}
+        self._idle = asyncio.Event()  # set while there are no generations
+        self._idle.set()
+        self._links: dict[ProcessId, tuple[Link, asyncio.Task[None]]] = {}
+        self._asked: dict[int, asyncio.Future[str]] = {}
+        self._last_status: dict[str, Any] | None = None
+        self._counters: dict[str, int] = {}
+        self._endpoint = ""
+        self._tasks = asyncio.TaskGroup()
+        self._client = MonitorClient(
+            context, self._process, args.monitor_address, self._hello, self._beat, self._on_monitor_message
+        )
+        self._bus = BusSubscriber(context, args.monitor_address, ("view",))
+
+    async def run(self, stop: asyncio.Event) -> None:
+        runner = make_runner(self, shutdown_timeout_s=_LAST_WORDS_S)
+        await runner.setup()
+        try:
+            site = await listen(runner, self._args.port)
+            self._endpoint = f"http://{self._args.host}:{runner.addresses[0][1]}"
+            log.info("listening on %s", self._endpoint)
+            async with self._tasks as group:
+                tasks = [
+                    group.create_task(self._client.run()),
+                    group.create_task(self._follow_bus()),
+                    group.create_task(self._tick()),
+                ]
+                await stop.wait()
+                await self._drain(site)
+                for task in [*tasks, *(task for _, task in self._links.values())]:
+                    task.cancel()
+        finally:
+            await runner.cleanup()
+
+    # What the HTTP side asks.
+
+    def max_body_bytes(self) -> int:
+        return self._config.router.max_body_bytes
+
+    def send_timeout_s(self) -> float:
+        return self._config.router.request_deadline_s
+
+    def created(self) -> int:
+        return self._created
+
+    def draw_seed(self) -> int:
+        return secrets.randbits(64)
+
+    def model(self) -> ServedModel:
+        if self._model is None:
+            raise ApiError(503, "the router has not heard from its monitor yet", retry_after_s=RETRY_AFTER_OUTAGE_S)
+        return self._model
+
+    def open(self, prompt: tuple[int, ...], sampling: Sampling, stops: tuple[str, ...]) -> Generation:
+        turnaway = self._admission.consider(len(self._table))
+        if turnaway is not None:
+            self._metrics.requests.labels(outcome="refused").inc()
+            raise ApiError(turnaway.status, turnaway.message, retry_after_s=turnaway.retry_after_s)
+        self._num_requests += 1
+        id = make_request_id(self._nonce, self._num_requests)
+        now = time.monotonic()
+        text = TextStream(self.model().detokenizer(), stops)
+        generation = Generation(id, text, self._metrics, now, self._on_generation_closed)
+        self._generations[id] = generation
+        self._idle.clear()
+        self._metrics.prompt_tokens.inc(len(prompt))
+        self._perform(self._table.on_submit(id, prompt, sampling, now), now)
+        return generation
+
+    def unhealthy(self) -> str | None:
+        if self._admission.draining:
+            return "shutting down"
+        if self._model is None:
+            return "waiting for the monitor"
+        if self._table.num_ranks == 0:
+            return "no decode rank"
+        if self._table.num_prefill_workers == 0:
+            return "no prefill worker"
+        return None
+
+    async def cluster_status(self) -> dict[str, Any]:
+        """The monitor's word, or its last one marked as stale when it does not answer in time."""
+        id = secrets.randbits(63)
+        answer = self._asked[id] = asyncio.get_running_loop().create_future()
+        self._client.send(AskStatus(self._process, id))
+        try:
+            async with asyncio.timeout(_STATUS_DEADLINE_S):
+                status: dict[str, Any] = json.loads(await answer)
+        except TimeoutError:
+            if self._last_status is None:
+                raise ApiError(503, "the monitor does not answer", retry_after_s=RETRY_AFTER_S) from None
+            return {**self._last_status, "stale": True}
+        finally:
+            del self._asked[id]
+        self._last_status = status
+        return status
+
+    def render_metrics(self) -> bytes:
+        self._metrics.requests_running.set(self._table.num_running)
+        self._metrics.requests_waiting.set(len(self._table) - self._table.num_running)
+        self._metrics.epoch.set(self._table.epoch)
+        self._metrics.ranks.labels(state="serving").set(self._table.num_ranks)
+        return render(self._metrics.registry)
+
+    # What the cluster says.
+
+    def _hello(self) -> Hello:
+        args = self._args
+        return Hello(self._process, "router", args.name, args.host, os.getpid(), self._endpoint, agent=args.agent)
+
+    def _beat(self) -> Heartbeat:
+        # Called on the heartbeat thread: reads what the loop has put there.
+        return Heartbeat(
+            self._process,
+            term=self._client.term,
+            epoch=self._view.epoch if self._view else Epoch(0),
+            state="draining" if self._admission.draining else "up",
+            counters=self._counters,
+        )
+
+    def _on_monitor_message(self, message: Message) -> None:
+        match message:
+            case Welcome():
+                self._on_welcome(message)
+            case View() | Directory():
+                self._on_membership(message)
+            case Status(id=id, body=body) if id in self._asked and not self._asked[id].done():
+                self._asked[id].set_result(body)
+            case _:
+                pass
+
+    def _on_welcome(self, welcome: Welcome) -> None:
+        if self._model is None:
+            self._config = welcome.config
+            self._admission.config = welcome.config.router
+            self._table = RequestTable(self._process, welcome.config)
+            self._model = load_served_model(welcome.config)
+            log.info("serving %s", self._model.limits.name)
+        self._on_membership(welcome.directory)
+        if welcome.view is not None:
+            self._on_membership(welcome.view)
+
+    def _on_membership(self, message: View | Directory) -> None:
+        """Links to newcomers open before the table hears of them; links to the gone close after its last words."""
+        if self._model is None:
+            return  # a welcome comes first, and repeats all of this
+        now = time.monotonic()
+        if isinstance(message, View):
+            if self._view is not None and message.epoch <= self._view.epoch:
+                return
+            self._view = message
+            self._open_links()
+            log.info("view %d: ranks %s (%s)", message.epoch, [m.rank for m in message.members], message.reason)
+            self._perform(self._table.on_view(message, now), now)
+        else:
+            known = self._directory
+            if known is not None and (message.term, message.version) <= (known.term, known.version):
+                return
+            self._directory = message
+            self._open_links()
+            self._perform(self._table.on_directory(message, now), now)
+        self._close_links()
+
+    async def _follow_bus(self) -> None:
+        while True:
+            _, message = await self._bus.receive()
+            if isinstance(message, View | Directory) and self._client.accepts(message):
+                self._on_membership(message)
+
+    def _addresses(self) -> dict[ProcessId, str]:
+        addresses: dict[ProcessId, str] = {}
+        if self._view:
+            addresses |= {member.process: member.endpoint for member in self._view.members}
+        if self._directory:
+            addresses |= {worker.process: worker.endpoint for worker in self._directory.of_kind("prefill")}
+        return {process: address for process, address in addresses.items() if address}
+
+    def _open_links(self) -> None:
+        for process, address in self._addresses().items():
+            if process not in self._links:
+                link = Link(self._context, self._process, address)
+                self._links[process] = (link, self._tasks.create_task(self._receive(process, link)))
+
+    def _close_links(self) -> None:
+        for process in self._links.keys() - self._addresses().keys():
+            link, task = self._links.pop(process)
+            task.cancel()
+            link.close()
+
+    async def _receive(self, process: ProcessId, link: Link) -> None:
+        while True:
+            message, _ = await link.receive()
+            now = time.monotonic()
+            self._perform(self._table.on_message(process, message, now), now)
+
+    # What the core decides.
+
+    def _perform(self, actions: list[Action], now: float) -> None:
+        for action in actions:
+            match action:
+                case Send(peer, message):
+                    if peer in self._links:
+                        self._links[peer][0].send(message)
+                case Deliver(request):
+                    self._deliver(request, action, now)
+                case Replaced(request, attempt, reason):
+                    self._metrics.replacements.labels(reason=reason).inc()
+                    log.info("request %s epoch %d: attempt %d (%s)", request, self._table.epoch, attempt, reason)
+                case Fail(request, status, message):
+                    log.warning("request %s failed: %s", request, message)
+                    if generation := self._generations.get(request):
+                        generation.fail(ApiError(status, message, retry_after_s=RETRY_AFTER_OUTAGE_S))
+
+    def _deliver(self, request: RequestId, tokens: Deliver, now: float) -> None:
+        generation = self._generations.get(request)
+        if generation is None:
+            return
+        generation.deliver(tokens, now)
+        if generation.ended and not tokens.finish:
+            # A stop string: the text is complete, the model need not go on.
+            self._perform(self._table.on_client_gone(request, now), now)
+
+    def _on_generation_closed(self, request: RequestId) -> None:
+        self._generations.pop(request, None)
+        if not self._generations:
+            self._idle.set()
+        now = time.monotonic()
+        self._perform(self._table.on_client_gone(request, now), now)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            now = time.monotonic()
+            self._perform(self._table.on_tick(now), now)
+            running = self._table.num_running
+            self._counters = {"running": running, "waiting": len(self._table) - running}
+
+    # Coming and going.
+
+    async def _drain(self, site: web.TCPSite) -> None:
+        """Streams may end for ``drain_s``; what is left then is told so and aborted."""
+        self._admission.draining = True
+        await site.stop()
+        await self._wait_until_idle(self._config.router.drain_s)
+        for generation in list(self._generations.values()):
+            generation.fail(ApiError(503, "this router was shut down", retry_after_s=RETRY_AFTER_S))
+        await self._wait_until_idle(_LAST_WORDS_S)
+
+    async def _wait_until_idle(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
