@@ -9,7 +9,6 @@ bits, so that a word stays positive as int64.
 
 EPOCH_SHIFT = 40
 MAX_EPOCH = (1 << 23) - 1
-_MAX_DATA = (1 << 32) - 1
 
 
 def epoch_floor(epoch: int) -> int:
@@ -36,8 +35,5 @@ def header_tag(step: int) -> int:
 
 def tagged(step: int, data: list[int]) -> list[int]:
     """Header words as they lie in memory, unsigned 64-bit."""
-    for value in data:
-        if not 0 <= value <= _MAX_DATA:
-            raise ValueError(f"header words are 32-bit unsigned, got {value}")
     tag = header_tag(step) << 32
     return [tag | value for value in data]

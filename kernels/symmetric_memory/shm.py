@@ -18,14 +18,13 @@ _KIND = "shm"
 
 
 class ShmHeap:
-    """A mapped file; with ``lock_fd`` also the ownership of it."""
+    """A mapped file, own or a peer's."""
 
-    def __init__(self, path: Path, nbytes: int, mapping: mmap.mmap, lock_fd: int | None) -> None:
+    def __init__(self, path: Path, nbytes: int, mapping: mmap.mmap) -> None:
         self.path = path
         self.nbytes = nbytes
         self.descriptor = f"{_KIND}:{nbytes}:{path}"
         self._bytes_U8: torch.Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
-        self._lock_fd = lock_fd
 
     @property
     def bytes_U8(self) -> torch.Tensor:
@@ -34,13 +33,9 @@ class ShmHeap:
         return self._bytes_U8
 
     def close(self) -> None:
-        """Drop the mapping and the ownership. Tensors that still view the memory keep it mapped, so none of them can
-        fault.
-        """
+        """Drop the mapping. Tensors that still view the memory keep it mapped, and owned: none of them can fault, and
+        no successor gets memory that this process can still write."""
         self._bytes_U8 = None
-        if self._lock_fd is not None:
-            os.close(self._lock_fd)
-            self._lock_fd = None
 
 
 class ShmProvider:
@@ -64,21 +59,21 @@ class ShmProvider:
         try:
             _lock(fd, path)
             _reserve(fd, path, nbytes)
-            return self._add(path, nbytes, fd, owner=True)
+            return self._map(path, nbytes, fd)
         except BaseException:
-            os.close(fd)
             path.unlink(missing_ok=True)
             raise
+        finally:
+            os.close(fd)
 
     def attach(self, name: str) -> ShmHeap:
         path = self._path(name)
         fd = _open_existing(path)
         try:
             _lock(fd, path)
-            return self._add(path, os.fstat(fd).st_size, fd, owner=True)
-        except BaseException:
+            return self._map(path, os.fstat(fd).st_size, fd)
+        finally:
             os.close(fd)
-            raise
 
     def map_peer(self, descriptor: str) -> ShmHeap:
         kind, _, rest = descriptor.partition(":")
@@ -93,7 +88,7 @@ class ShmProvider:
                 raise HeapError(
                     f"heap {path} has {nbytes} bytes, its descriptor says {size}: it was made anew, ask its owner again"
                 )
-            return self._add(path, nbytes, fd, owner=False)
+            return self._map(path, nbytes, fd)
         finally:
             os.close(fd)
 
@@ -110,10 +105,11 @@ class ShmProvider:
             raise HeapError(f"bad heap name {name!r}: a plain file name is needed")
         return self.directory / name
 
-    def _add(self, path: Path, nbytes: int, fd: int, *, owner: bool) -> ShmHeap:
+    def _map(self, path: Path, nbytes: int, fd: int) -> ShmHeap:
         if nbytes == 0:
             raise HeapError(f"heap {path} is empty: its maker died while making it, unlink it")
-        heap = ShmHeap(path, nbytes, mmap.mmap(fd, nbytes), fd if owner else None)
+        # The mapping keeps a duplicate of fd, and with it the lock if there is one, until its last view is gone.
+        heap = ShmHeap(path, nbytes, mmap.mmap(fd, nbytes))
         self._open.append(heap)
         return heap
 
