@@ -106,6 +106,29 @@ def test_a_newcomer_joins_at_a_round_boundary_without_a_void_round(heap_dir: Pat
         assert all(group.status == CLEAN and group.epoch == 9 for group in cluster.ranks)
 
 
+def test_a_fast_rank_in_the_next_view_does_not_spoil_the_last_header_of_the_old_one(heap_dir: Path) -> None:
+    """An idle round ends with its header, and the view changes there: rank 0 writes its first header of the next view
+    while rank 1 has not read the last one yet. Rank 1's round was complete and stays so."""
+    with local_group(heap_dir, 2, manual=[0, 1]) as cluster:
+        cluster.enter(1, [0, 1])
+        fast, slow = cluster.ranks
+        assert all(cluster.run(lambda group: group.allgather([])).values())
+        cluster.clocks[0].on_poll = lambda num_polls: fast.poison_self(2)
+
+        def rush_ahead(num_polls: int) -> None:
+            if fast.epoch == 1:
+                assert fast.allgather([8]) is not None
+                fast.adopt(2, [0, 1], DIGEST)
+                assert fast.allgather([9]) is None  # written, then ended by its host
+
+        cluster.clocks[1].on_poll = rush_ahead
+        header = slow.allgather([])
+        assert fast.epoch == 2
+        assert slow.sees_announcement(2, 0)
+        assert header is not None
+        assert header.words_by_rank[0][0] == 8
+
+
 def test_an_announced_header_binds_and_a_dropped_view_leaves_no_trace(heap_dir: Path) -> None:
     with local_group(heap_dir, 2) as cluster:
         member, newcomer = cluster.ranks

@@ -167,6 +167,16 @@ def test_the_host_ends_a_wait_in_milliseconds(heap_dir: Path) -> None:
         assert group.missing == (1,)
 
 
+def test_a_late_word_of_the_host_does_not_take_back_a_newer_one(heap_dir: Path) -> None:
+    with local_group(heap_dir, 2, manual=[0]) as cluster:
+        cluster.enter(4, [0, 1])
+        group = cluster.ranks[0]
+        group.poison_self(4)
+        group.poison_self(3)
+        assert group.allgather([]) is None
+        assert group.void_reason is VoidReason.HOST_POISON
+
+
 def test_stop_ends_a_wait_for_headers(heap_dir: Path) -> None:
     with local_group(heap_dir, 2, manual=[0]) as cluster:
         cluster.enter(1, [0, 1])
