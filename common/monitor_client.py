@@ -60,6 +60,7 @@ class MonitorClient:
         self._link = Link(context, process, address.control)
         self._allegiance = Allegiance()
         self._directory_version = 0
+        self.num_words = 0  # accepted messages and heartbeat replies: silence is when it stands still
         self._welcomed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         sync_context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(context.underlying)
@@ -132,6 +133,7 @@ class MonitorClient:
                     return
             case _:
                 pass
+        self.num_words += 1
         if isinstance(message, Welcome):
             self._welcomed.set()
             self._directory_version = message.directory.version
@@ -147,6 +149,7 @@ class MonitorClient:
         new_term = reply.term > self._allegiance.term
         if not self._allegiance.accepts(reply.term, reply.monitor):
             return
+        self.num_words += 1
         if new_term or not reply.known:
             self._welcomed.clear()
         elif reply.epoch > self._beat().epoch or reply.directory_version > self._directory_version:

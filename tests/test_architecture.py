@@ -35,7 +35,13 @@ SHELLS = (
     "services/cli/**",
 )
 # Tensor work: torch and kernels allowed, everything else as in a pure file.
-COMPUTE = ("common/model/*",)
+COMPUTE = (
+    "common/model/*",
+    "services/decode/elastic_exchange.py",
+    "services/decode/expert_slots.py",
+    "services/decode/rank_engine.py",
+    "services/decode/rank_heap.py",
+)
 TORCH_FREE_SERVICES = ("router", "monitor", "planner", "agent", "cli")
 
 IMPURE_MODULES = (

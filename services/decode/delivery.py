@@ -13,11 +13,13 @@ from enum import Enum
 
 from common.ids import NO_RANK, Epoch, Incarnation, ProcessId, Rank, RequestId
 from common.messages import (
+    Abort,
     Announce,
     Have,
     KvHandoff,
     Message,
     Refused,
+    Release,
     Sampling,
     TokenBatch,
     Tokens,
@@ -108,6 +110,7 @@ class Delivery:
         self._repeat_at = 0.0
         self.num_committed = 0
         self.num_stale = 0
+        self.num_prompt_tokens = 0  # computed here; prefill workers do that, so it stays 0
 
     def open(self, rank: Rank, incarnation: Incarnation) -> None:
         """A new slot: nothing of the last one counts any more."""
@@ -117,6 +120,21 @@ class Delivery:
         self._tombstones.clear()
         self._news.clear()
         self._rank, self._incarnation = rank, incarnation
+
+    def on_message(self, peer: ProcessId, message: Message, frames: Frames, now: float) -> list[Send]:
+        """Any message of a router or a prefill worker; others are none of this class's business."""
+        match message:
+            case Announce():
+                return self.on_announce(message, now)
+            case KvHandoff():
+                return self.on_kv(message, frames, now)
+            case Have():
+                return self.on_have(message, peer)
+            case Abort(request=request, attempt=attempt) | Release(request=request, attempt=attempt):
+                self.on_end(request, attempt)
+            case _:
+                pass
+        return []
 
     def on_announce(self, announce: Announce, now: float) -> list[Send]:
         request, attempt = announce.request, announce.attempt
@@ -217,6 +235,7 @@ class Delivery:
         """A clean round's token of one request. KV of the round is written already."""
         known = self._requests[step.request]
         assert known.stage is Stage.RUNNING and step.output_index == len(known.ids), "a token out of order"
+        self.num_prompt_tokens += step.position < len(known.announce.prompt)
         self._append(known, token, logprob, now)
         self._tell(known, step.output_index)
         if known.finish:

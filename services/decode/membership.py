@@ -71,7 +71,7 @@ class Membership:
     """Attributes may be read from other threads; events come from one."""
 
     def __init__(self, process: ProcessId, lonely_s: float, now: float) -> None:
-        self._process, self._lonely_s = process, lonely_s
+        self._process, self.lonely_s = process, lonely_s
         self._machine = StateMachine(f"rank of {process}", _MOVES, RankState.STANDBY, now)
         self.rank: Rank = NO_RANK
         self.incarnation = Incarnation(0)
@@ -254,7 +254,7 @@ class Membership:
     def counts_roll_call(self, epoch: Epoch) -> bool:
         """Whether a roll call of ``epoch`` concerns this rank now. One of the epoch that it has left in band does: the
         others, still there, will answer and not follow."""
-        return self.is_member and epoch >= self.base_epoch
+        return self.is_member and epoch >= max(self.base_epoch, 1)  # the first view grows from epoch 0
 
     def on_roll_call(self, epoch: Epoch, accused: tuple[int, ...], now: float) -> list[Action]:
         if not self.counts_roll_call(epoch):
@@ -271,7 +271,7 @@ class Membership:
         return [*actions, Tell(answer)]
 
     def on_tick(self, now: float) -> list[Action]:
-        if self.is_member and now - self._last_sign > self._lonely_s:
+        if self.is_member and now - self._last_sign > self.lonely_s:
             return self._leave(now, "neither monitor nor members heard", self.epoch)
         if now < self._retry_at:
             return []

@@ -1,0 +1,56 @@
+"""The routed experts of a decode rank: dispatch to where copies live, compute what came, combine. An `ExpertExchange`.
+
+Legend: L mixture-of-experts layers, T own tokens, H hidden, K experts per token, E logical experts, N received entries.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from common.model.experts import VoidRound, expert_rows
+from common.placement import ReplicaChoice
+from kernels.reference import ElasticGroup
+from services.decode.expert_slots import ExpertSlots
+
+
+class ElasticExchange:
+    """``first_layer``: the model's first mixture-of-experts layer. ``enter`` names group and map of an epoch."""
+
+    def __init__(self, slots: ExpertSlots, first_layer: int, num_layers: int, num_logical_experts: int) -> None:
+        self._slots, self._first_layer = slots, first_layer
+        self._group: ElasticGroup | None = None
+        self._choice: ReplicaChoice | None = None
+        self._num_sent = 0
+        self.num_operations = 0
+        self.load_LE: npt.NDArray[np.int64] = np.zeros((num_layers, num_logical_experts), dtype=np.int64)
+
+    def enter(self, group: ElasticGroup, choice: ReplicaChoice) -> None:
+        self._group, self._choice = group, choice
+
+    def run(self, layer: int, x_TH: Tensor, topk_expert_TK: Tensor, topk_weight_TK: Tensor) -> Tensor:
+        """See `common.model.experts.ExpertExchange`. Raises VoidRound when an operation did not complete."""
+        assert self._group is not None and self._choice is not None, "no epoch entered"
+        group, moe_layer = self._group, layer - self._first_layer
+        logical_TK = topk_expert_TK.numpy()
+        # Any number that differs between tokens will do: which copy serves a token does not change its bits.
+        hash_T = np.arange(self._num_sent, self._num_sent + len(logical_TK))
+        self._num_sent += len(logical_TK)
+        rank_TK, local_TK = self._choice.choose(moe_layer, logical_TK, hash_T)
+        received = group.dispatch(x_TH, _tensor(rank_TK), _tensor(local_TK), topk_weight_TK)
+        if received is None:
+            raise VoidRound
+        self.num_operations += 1
+        rows_NH = expert_rows(
+            received.x_NH(), received.local_expert_N.numpy(), lambda local: self._slots.weights(moe_layer, local)
+        )
+        out_TH = group.combine(rows_NH, received)
+        if out_TH is None:
+            raise VoidRound
+        self.num_operations += 1
+        self.load_LE[moe_layer] += np.bincount(logical_TK.ravel(), minlength=self.load_LE.shape[1])
+        return out_TH
+
+
+def _tensor(array: npt.NDArray[np.int64]) -> Tensor:
+    return torch.from_numpy(array)

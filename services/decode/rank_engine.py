@@ -1,0 +1,217 @@
+"""The tensor side of a decode rank: its heap, the model, its end of the group. Decides nothing.
+
+A life begins with `begin_life` (heap and model, no slot yet: a warm standby), continues with `open_slot`, and ends with
+`end_life`, which unlinks the heap. Between them views come and go.
+
+Legend: L layers, N tokens of a request, C floats of a cache row.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.config import ClusterConfig
+from common.ids import ProcessId, Rank
+from common.messages import View
+from common.model.checkpoint import Checkpoint
+from common.model.experts import VoidRound
+from common.model.kv_cache import write_kv
+from common.model.model import Batch, Model
+from common.model.sampling import sample
+from common.placement import ReplicaChoice
+from common.view import digest, orphans, ranks
+from kernels.epoch_state import CLEAN
+from kernels.reference import ElasticGroup
+from kernels.symmetric_memory.base import HeapError, SymmetricHeap
+from kernels.symmetric_memory.shm import ShmProvider
+from services.decode.delivery import Admission, RequestLimits, Step
+from services.decode.elastic_exchange import ElasticExchange
+from services.decode.expert_slots import ExpertSlots
+from services.decode.rank_heap import PeerHeaps, heap_name, rank_heap_layout
+from services.decode.round_header import NEWCOMER_HEADER, RoundHeader
+
+
+class RankEngine:
+    """Raises ValueError of one line for a checkpoint that cannot be used and a heap that cannot be made."""
+
+    def __init__(self, config: ClusterConfig, heap_dir: Path, process: ProcessId) -> None:
+        self._decode, self._process = config.decode, process
+        self._checkpoint = Checkpoint.open(config.model.path)
+        self._layout = rank_heap_layout(self._checkpoint, config.decode)
+        self._provider = ShmProvider(heap_dir)
+        self._peers = PeerHeaps(self._provider, self._layout)
+        self._life = 0
+        self._heap: SymmetricHeap | None = None
+        self._model: Model | None = None
+        self._exchange: ElasticExchange | None = None
+        self._slots: ExpertSlots | None = None
+        self.group: ElasticGroup | None = None
+        self.has_orphans = False
+
+    @property
+    def limits(self) -> RequestLimits:
+        model = self._checkpoint.config
+        return RequestLimits(
+            vocab_size=model.vocab_size,
+            max_positions=model.max_position_embeddings,
+            kv_bytes_per_token=4 * model.num_hidden_layers * model.kv_row_size,
+        )
+
+    @property
+    def num_operations(self) -> int:
+        return self._exchange.num_operations if self._exchange else 0
+
+    def begin_life(self, life: int) -> None:
+        """Makes the heap of this life and the model that computes in it."""
+        model, self._life = self._checkpoint.config, life
+        heap = self._provider.allocate(heap_name(self._process, life), self._layout.nbytes)
+        self._heap = heap
+        region = {
+            name: self._layout.view(heap.bytes_U8, name) for name in ("expert_weights", "expert_tags", "kv_cache")
+        }
+        first_layer = model.first_k_dense_replace
+        self._slots = ExpertSlots(
+            region["expert_weights"],
+            region["expert_tags"],
+            self._checkpoint.expert_layout,
+            lambda layer, expert, row: self._checkpoint.read_expert(first_layer + layer, expert, row),
+        )
+        self._exchange = ElasticExchange(self._slots, first_layer, model.num_moe_layers, model.n_routed_experts)
+        self._model = Model(self._checkpoint, self._exchange, region["kv_cache"])
+        # Last: a heap with a header is one that peers may write into.
+        self._layout.format(heap.bytes_U8)
+
+    def end_life(self) -> None:
+        """Leaves the group if it is in one, and lets the memory go. No error when there is no life."""
+        if self.group is not None:
+            self.group.leave()
+        self.group = self._model = self._exchange = self._slots = None
+        self._peers.close()
+        if self._heap is not None:
+            self._heap.close()
+            self._heap = None
+            self._provider.unlink(heap_name(self._process, self._life))
+
+    def open_slot(self, rank: Rank) -> None:
+        assert self._heap is not None, "no life begun"
+        self.close_slot()
+        self.group = ElasticGroup(self._layout, self._heap, rank, deadline_s=self._decode.operation_deadline_s)
+
+    def close_slot(self) -> None:
+        """Forgets a slot in which this rank was never let into the group."""
+        self.group = None
+        self._peers.close()
+
+    def map_heaps(self, view: View) -> bool:
+        """Whether the heaps of all other members are mapped now."""
+        group = self._open_group()
+        all_mapped = True
+        for member in view.members:
+            if member.rank == group.rank:
+                continue
+            try:
+                heap = self._peers.map(member)
+            except HeapError:
+                all_mapped = False
+                continue
+            if heap is not None:
+                group.map_peer(member.rank, heap)
+        return all_mapped
+
+    def forget_heaps_except(self, views: Sequence[View]) -> None:
+        group = self._open_group()
+        wanted = {member.rank for view in views for member in view.members} | set(group.members)
+        for rank in self._peers.ranks():
+            if rank not in wanted:
+                group.unmap_peer(rank)
+                self._peers.forget(rank)
+
+    def load_experts(self, view: View) -> int:
+        """The number of experts that had to be loaded."""
+        assert self._slots is not None
+        rows = view.placement.physical_to_logical
+        rank = self._open_group().rank
+        return self._slots.adopt([layer_rows[rank] for layer_rows in rows], view.placement.version)
+
+    def announce(self, view: View) -> None:
+        self._open_group().announce_header(view.epoch, ranks(view), NEWCOMER_HEADER.words(), digest(view))
+
+    def sees_first_headers(self, epoch: int, of_ranks: Sequence[int]) -> bool:
+        return self._open_group().all_announced(epoch, of_ranks)
+
+    def adopt(self, view: View, in_band: bool) -> None:
+        group, num_experts = self._open_group(), self._checkpoint.config.n_routed_experts
+        assert self._exchange is not None
+        members, placement = ranks(view), view.placement
+        group.adopt(view.epoch, members, digest(view), in_band=in_band)
+        self._exchange.enter(group, ReplicaChoice(placement.physical_to_logical, members, num_experts, group.rank))
+        self.has_orphans = bool(orphans(placement, members, num_experts))
+
+    def exchange_headers(self, header: RoundHeader, stop: Callable[[], bool]) -> dict[int, RoundHeader] | None:
+        """The headers of all members, or None: the round is void."""
+        gathered = self._open_group().allgather(header.words(), stop)
+        if gathered is None:
+            return None
+        return {rank: RoundHeader.from_words(words) for rank, words in gathered.words_by_rank.items()}
+
+    def write_kv(self, admission: Admission) -> None:
+        assert self._model is not None
+        cache = self._model.kv_cache_LBPC
+        rows = np.frombuffer(admission.frames[0], dtype="<f4").copy()
+        rows_LNC = torch.from_numpy(rows).view(cache.shape[0], admission.num_tokens, cache.shape[3])
+        write_kv(cache, np.array(admission.block_table, dtype=np.int64), 0, rows_LNC)
+
+    def compute(self, steps: Sequence[Step]) -> list[tuple[int, float]] | None:
+        """(token, log-probability) for each step; None: the round is void, and so is all that it wrote.
+
+        To be called in every round in which any member has tokens, also without own ones.
+        """
+        assert self._model is not None
+        try:
+            logits_SV = self._model.forward(_batch(steps)).numpy()
+        except VoidRound:
+            return None
+        outputs = [
+            sample(
+                logits_V,
+                temperature=step.sampling.temperature,
+                top_p=step.sampling.top_p,
+                top_k=step.sampling.top_k,
+                seed=step.sampling.seed,
+                output_index=step.output_index,
+            )
+            for step, logits_V in zip(steps, logits_SV, strict=True)
+        ]
+        # Read once, at the end: clean now means that all which this round has received was complete (PROTOCOL 2.4).
+        return outputs if self._open_group().status == CLEAN else None
+
+    def take_load(self) -> tuple[tuple[int, ...], ...] | None:
+        """Tokens routed to each expert since the last call; None without a life."""
+        if self._exchange is None:
+            return None
+        load = tuple(tuple(row) for row in self._exchange.load_LE.tolist())
+        self._exchange.load_LE[:] = 0
+        return load
+
+    def _open_group(self) -> ElasticGroup:
+        assert self.group is not None, "no slot open"
+        return self.group
+
+
+def _batch(steps: Sequence[Step]) -> Batch:
+    if not steps:
+        return Batch.empty()
+    width = max(len(step.block_table) for step in steps)
+    tables = np.zeros((len(steps), width), dtype=np.int64)
+    for row, step in zip(tables, steps, strict=True):
+        row[: len(step.block_table)] = step.block_table
+    index = np.arange(len(steps))
+    return Batch(
+        token_ids_T=np.array([step.token_id for step in steps], dtype=np.int64),
+        position_T=np.array([step.position for step in steps], dtype=np.int64),
+        request_index_T=index,
+        block_table_RW=tables,
+        logit_index_S=index,
+    )
