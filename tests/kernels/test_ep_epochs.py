@@ -86,7 +86,7 @@ def test_a_newcomer_joins_at_a_round_boundary_without_a_void_round(heap_dir: Pat
                     same &= exact_layer(group, Placement.random(rounds, members), seed=rounds)
                 if all(words[0] for words in header.words_by_rank.values()):
                     break
-            group.adopt(9, joined, 1234)
+            group.adopt(9, joined, 1234, in_band=True)
             return same and enter_and_go_on(group)
 
         def enter_and_go_on(group: ElasticGroup) -> bool:
@@ -118,7 +118,7 @@ def test_a_fast_rank_in_the_next_view_does_not_spoil_the_last_header_of_the_old_
         def rush_ahead(num_polls: int) -> None:
             if fast.epoch == 1:
                 assert fast.allgather([8]) is not None
-                fast.adopt(2, [0, 1], DIGEST)
+                fast.adopt(2, [0, 1], DIGEST, in_band=True)
                 assert fast.allgather([9]) is None  # written, then ended by its host
 
         cluster.clocks[1].on_poll = rush_ahead
@@ -127,6 +127,28 @@ def test_a_fast_rank_in_the_next_view_does_not_spoil_the_last_header_of_the_old_
         assert slow.sees_announcement(2, 0)
         assert header is not None
         assert header.words_by_rank[0][0] == 8
+
+
+@pytest.mark.parametrize("in_band", [True, False])
+def test_a_switch_in_band_leaves_slower_members_their_round(heap_dir: Path, in_band: bool) -> None:
+    """Rank 0 has all words of the last operation and switches; rank 1 still waits for rank 2's. Leaving by a view would
+    have made it void."""
+    with local_group(heap_dir, 3, manual=[0, 1]) as cluster:
+        cluster.enter(1, [0, 1, 2])
+        fast, slow = cluster.ranks[:2]
+        bank = (slow.step + 1) & 1
+
+        def switch_then_arrive(num_polls: int) -> None:
+            if num_polls == 0:
+                heap_of(cluster, 0).barrier_word[bank][2] = slow.step
+                assert fast.clean_buffer(5.0)
+                fast.adopt(2, [0, 1, 2], DIGEST, in_band=in_band)
+            if num_polls == 5:
+                heap_of(cluster, 1).barrier_word[bank][2] = slow.step
+
+        cluster.clocks[1].on_poll = switch_then_arrive
+        assert slow.clean_buffer(5.0) is in_band
+        assert slow.status == (CLEAN if in_band else VOID)
 
 
 def test_an_announced_header_binds_and_a_dropped_view_leaves_no_trace(heap_dir: Path) -> None:
