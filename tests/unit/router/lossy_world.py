@@ -1,0 +1,326 @@
+"""A world around one router core in which everything goes wrong that may: messages are lost, doubled and reordered,
+ranks and prefill workers die, are masked and go on as zombies, and join. No sockets, no clock: a seed is a story.
+"""
+
+import heapq
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+from random import Random
+
+from common.config import ClusterConfig, RouterConfig
+from common.ids import Epoch, Incarnation, ProcessId, Rank, RequestId
+from common.messages import (
+    Abort,
+    Announce,
+    AskPrefill,
+    Directory,
+    Have,
+    KvHandoff,
+    Member,
+    Message,
+    Placement,
+    Prefill,
+    PrefillDone,
+    PrefillQueued,
+    Refused,
+    Release,
+    Sampling,
+    TokenBatch,
+    Tokens,
+    Unknown,
+    View,
+    Worker,
+    decode,
+    encode,
+)
+from services.router.request_actions import Action, Deliver, Fail, Replaced, Send
+from services.router.request_table import RequestTable
+
+ROUTER = ProcessId("router-0")
+MONITOR = ProcessId("monitor-0")
+STOP_ID = 1
+STEP_S = 0.02
+ANNOUNCED_KEPT_S = 20.0
+
+
+def output(prompt: tuple[int, ...], index: int) -> int:
+    """The token that a model gives for this prompt at this index: 1 in 64 is the end of the sequence."""
+    draw = zlib.crc32(repr((prompt, index)).encode())
+    return STOP_ID if draw % 64 == 0 else 2 + draw % 1000
+
+
+def whole_output(prompt: tuple[int, ...], max_tokens: int) -> tuple[list[int], str]:
+    """What a client must get, and why it ends."""
+    ids: list[int] = []
+    while len(ids) < max_tokens:
+        ids.append(output(prompt, len(ids)))
+        if ids[-1] == STOP_ID:
+            return ids, "stop"
+    return ids, "length"
+
+
+@dataclass
+class Row:
+    announce: Announce
+    since: float
+    outputs: list[int]
+    has_kv: bool = False
+    repeat_at: float = 0.0
+
+    @property
+    def finish(self) -> str:
+        if not self.has_kv or not self.outputs:
+            return ""
+        if self.outputs[-1] == STOP_ID:
+            return "stop"
+        return "length" if len(self.outputs) >= self.announce.sampling.max_tokens else ""
+
+
+@dataclass
+class DecodeRank:
+    member: Member
+    world: "World"
+    rows: dict[RequestId, Row] = field(default_factory=dict)
+    aborted: dict[RequestId, int] = field(default_factory=dict)  # highest attempt given up
+
+    def on_message(self, message: Message) -> None:
+        match message:
+            case Announce(request=request, attempt=attempt) if message.incarnation == self.member.incarnation:
+                row = self.rows.get(request)
+                if attempt > self.aborted.get(request, -1) and (row is None or row.announce.attempt < attempt):
+                    self.rows[request] = Row(message, self.world.now, list(message.outputs))
+            case KvHandoff(request=request, attempt=attempt):
+                self._on_kv(message)
+            case Have(request=request, attempt=attempt, num_outputs=have):
+                row = self.rows.get(request)
+                if row is None or row.announce.attempt != attempt:
+                    self.say(Unknown(request, attempt))
+                elif row.has_kv:
+                    self.say_tokens(row, have)
+                else:
+                    self.say(self._batch(Tokens(request, attempt, have, (), ())))
+            case Abort(request=request, attempt=attempt) | Release(request=request, attempt=attempt):
+                self.aborted[request] = max(attempt, self.aborted.get(request, -1))
+                row = self.rows.get(request)
+                if row is not None and row.announce.attempt <= attempt:
+                    del self.rows[request]
+            case _:
+                raise AssertionError(f"nobody sends a decode rank {message}")
+
+    def _on_kv(self, kv: KvHandoff) -> None:
+        row = self.rows.get(kv.request)
+        if row is None or row.announce.attempt != kv.attempt or kv.incarnation != self.member.incarnation or row.has_kv:
+            return
+        if sum(row.has_kv for row in self.rows.values()) >= self.world.rows_per_rank:
+            del self.rows[kv.request]
+            self.say(Refused(kv.request, kv.attempt, "no free KV blocks"))
+            return
+        row.has_kv = True
+        row.outputs.append(kv.first_token)
+        self.say_tokens(row, len(row.outputs) - 1)
+
+    def on_round(self) -> None:
+        for request, row in list(self.rows.items()):
+            if not row.has_kv:
+                # Its abort may have been lost, and without KV the rank has nothing to say that could be answered.
+                if self.world.now - row.since > ANNOUNCED_KEPT_S:
+                    del self.rows[request]
+                continue
+            if not row.finish:
+                row.outputs.append(output(row.announce.prompt, len(row.outputs)))
+                self.say_tokens(row, len(row.outputs) - 1)
+            elif self.world.now >= row.repeat_at:
+                row.repeat_at = self.world.now + 0.5
+                self.say_tokens(row, len(row.outputs) - 1)
+
+    def say_tokens(self, row: Row, start: int) -> None:
+        announce, ids = row.announce, tuple(row.outputs[start:])
+        self.say(self._batch(Tokens(announce.request, announce.attempt, start, ids, (), row.finish)))
+
+    def _batch(self, tokens: Tokens) -> TokenBatch:
+        member = self.member
+        return TokenBatch(member.rank, member.incarnation, Epoch(0), (tokens,), len(self.rows), 100)
+
+    def say(self, message: Message) -> None:
+        self.world.send(self.member.process, ROUTER, message)
+
+
+@dataclass
+class PrefillWorker:
+    process: ProcessId
+    world: "World"
+    queue: list[Prefill] = field(default_factory=list)
+
+    def on_message(self, message: Message) -> None:
+        match message:
+            case Prefill():
+                self.queue.append(message)
+            case AskPrefill(request=request, attempt=attempt):
+                queued = any((item.request, item.attempt) == (request, attempt) for item in self.queue)
+                answer = PrefillQueued(request, attempt) if queued else Unknown(request, attempt)
+                self.world.send(self.process, ROUTER, answer)
+            case Abort(request=request, attempt=attempt):
+                self.queue = [i for i in self.queue if i.request != request or i.attempt > attempt]
+            case _:
+                raise AssertionError(f"nobody sends a prefill worker {message}")
+
+    def on_round(self) -> None:
+        for _ in range(min(len(self.queue), 4)):
+            item = self.queue.pop(0)
+            have = len(item.outputs)
+            first = output(item.prompt, have)
+            kv = KvHandoff(item.request, item.attempt, item.rank, item.incarnation, len(item.prompt) + have, first, 0.0)
+            for rank in self.world.ranks:
+                if rank.member.endpoint == item.endpoint:
+                    self.world.send(self.process, rank.member.process, kv)
+            self.world.send(self.process, ROUTER, PrefillDone(item.request, item.attempt))
+
+
+@dataclass
+class Client:
+    prompt: tuple[int, ...]
+    max_tokens: int
+    received: list[int] = field(default_factory=list)
+    finish: str = ""
+
+
+class World:
+    """``loss``, ``doubling`` are probabilities; ``max_delay_s`` bounds how far messages overtake each other."""
+
+    def __init__(self, seed: int, loss: float = 0.0, doubling: float = 0.0, max_delay_s: float = 0.02) -> None:
+        self.rng = Random(seed)
+        self.loss, self.doubling, self.max_delay_s = loss, doubling, max_delay_s
+        self.rows_per_rank = 1000
+        self.now = 0.0
+        router = RouterConfig(no_news_s=0.3, request_deadline_s=100.0)
+        self.table = RequestTable(ROUTER, ClusterConfig(router=router))
+        self.ranks: list[DecodeRank] = []  # all that are alive, zombies included
+        self.members: list[DecodeRank] = []
+        self.workers: list[PrefillWorker] = []
+        self.clients: dict[RequestId, Client] = {}
+        self.reasons: Counter[str] = Counter()
+        self._epoch, self._version, self._number = 1024, 0, 0
+        self._wire: list[tuple[float, int, ProcessId, ProcessId, bytes]] = []
+
+    # What may happen.
+
+    def submit(self) -> RequestId:
+        self._number += 1
+        request = RequestId(f"r.{self._number}")
+        prompt = tuple(self.rng.randrange(1000) for _ in range(self.rng.randint(1, 6)))
+        client = self.clients[request] = Client(prompt, self.rng.randint(1, 40))
+        sampling = Sampling(1.0, 1.0, 0, self._number, client.max_tokens, stop_token_ids=(STOP_ID,))
+        self._perform(self.table.on_submit(request, prompt, sampling, self.now))
+        return request
+
+    def leave(self, request: RequestId) -> None:
+        """The client is gone."""
+        del self.clients[request]
+        self._perform(self.table.on_client_gone(request, self.now))
+
+    def join(self) -> None:
+        """A process takes the lowest free slot."""
+        taken = {rank.member.rank for rank in self.members}
+        slot = next(rank for rank in range(8) if rank not in taken)
+        self._epoch += 1
+        process = ProcessId(f"decode-{slot}-{self._epoch}")
+        member = Member(Rank(slot), Incarnation(self._epoch), process, "host", f"tcp://{process}", "")
+        rank = DecodeRank(member, self)
+        self.ranks.append(rank)
+        self.members.append(rank)
+        self._publish_view()
+
+    def kill(self, index: int, detected: bool = True) -> None:
+        """SIGKILL of the ``index``-th member; undetected ones are removed by the next view."""
+        rank = self.members.pop(index % len(self.members))
+        self.ranks.remove(rank)
+        if detected:
+            self._publish_view()
+
+    def mask(self, index: int) -> None:
+        """The member leaves the group, and goes on sending as if it did not know."""
+        self.members.pop(index % len(self.members))
+        self._publish_view()
+
+    def bury_zombies(self) -> None:
+        self.ranks = list(self.members)
+
+    def add_worker(self) -> None:
+        self.workers.append(PrefillWorker(ProcessId(f"prefill-{self._version}"), self))
+        self._publish_directory()
+
+    def kill_worker(self, index: int) -> None:
+        self.workers.pop(index % len(self.workers))
+        self._publish_directory()
+
+    def forget(self, index: int) -> None:
+        """A rank loses all its requests, and stays."""
+        self.members[index % len(self.members)].rows.clear()
+
+    @property
+    def is_over(self) -> bool:
+        """Nobody holds anything for any request."""
+        return len(self.table) == 0 and not any(rank.rows for rank in self.members)
+
+    def run(self, seconds: float, until_over: bool = False) -> None:
+        end = self.now + seconds
+        while self.now < end and not (until_over and self.is_over):
+            self.now += STEP_S
+            while self._wire and self._wire[0][0] <= self.now:
+                _, _, source, target, data = heapq.heappop(self._wire)
+                self._arrive(source, target, decode(data))
+            for rank in self.ranks:
+                rank.on_round()
+            for worker in self.workers:
+                worker.on_round()
+            self._perform(self.table.on_tick(self.now))
+
+    # How it happens.
+
+    def send(self, source: ProcessId, target: ProcessId, message: Message) -> None:
+        if self.rng.random() < self.loss:
+            return
+        for _ in range(2 if self.rng.random() < self.doubling else 1):
+            self._number += 1
+            arrival = self.now + self.rng.uniform(0, self.max_delay_s)
+            heapq.heappush(self._wire, (arrival, self._number, source, target, encode(message)))
+
+    def _arrive(self, source: ProcessId, target: ProcessId, message: Message) -> None:
+        if target == ROUTER:
+            self._perform(self.table.on_message(source, message, self.now))
+        for rank in self.ranks:
+            if rank.member.process == target:
+                rank.on_message(message)
+        for worker in self.workers:
+            if worker.process == target:
+                worker.on_message(message)
+
+    def _perform(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Send(peer, message):
+                    self.send(ROUTER, peer, message)
+                case Deliver(request, start, ids, _, finish):
+                    client = self.clients.get(request)
+                    assert client is not None, f"tokens for {request}, whose client is gone"
+                    assert not client.finish, f"{request} got tokens after its end"
+                    assert start == len(client.received), f"{request} got tokens from {start} after {client.received}"
+                    client.received += ids
+                    client.finish = finish
+                case Replaced(reason=reason):
+                    self.reasons[reason] += 1
+                case Fail(request=request, message=text):
+                    raise AssertionError(f"{request} failed: {text}")
+        self.table.check_invariants()
+
+    def _publish_view(self) -> None:
+        self._epoch += 1
+        members = tuple(sorted((rank.member for rank in self.members), key=lambda member: member.rank))
+        view = View(MONITOR, 1024, Epoch(self._epoch), members, Placement(self._epoch, ()))
+        self._perform(self.table.on_view(view, self.now))
+
+    def _publish_directory(self) -> None:
+        self._version += 1
+        workers = tuple(Worker(w.process, "prefill", w.process, "host", 1, f"tcp://{w.process}") for w in self.workers)
+        self._perform(self.table.on_directory(Directory(MONITOR, 1024, self._version, workers), self.now))
