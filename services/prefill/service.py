@@ -1,0 +1,183 @@
+"""The shell of a prefill worker: sockets <-> `prefill_queue`, and the thread that runs the model."""
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+import zmq.asyncio
+
+from common.bus import BusSubscriber
+from common.config import ClusterConfig
+from common.ids import Epoch, make_process_id
+from common.kv_blocks import BlockAllocator
+from common.messages import (
+    Abort,
+    AskPrefill,
+    Heartbeat,
+    Hello,
+    KvHandoff,
+    Message,
+    Prefill,
+    PrefillDone,
+    View,
+    Welcome,
+)
+from common.monitor_client import MonitorClient
+from common.process_args import ProcessArgs
+from common.transport import Endpoint, Link
+from services.prefill.decode_links import DecodeLinks
+from services.prefill.prefill_engine import Prefilled, PrefillEngine
+from services.prefill.prefill_queue import Attempt, Chunk, PrefillQueue
+
+log = logging.getLogger("regrow.prefill")
+
+
+class PrefillService:
+    def __init__(self, args: ProcessArgs) -> None:
+        self._args = args
+        self._process = args.process_id or make_process_id(args.name, secrets.randbits(64))
+        self._view: View | None = None
+        self._queue: PrefillQueue | None = None
+        self._decode_links = DecodeLinks()
+        self._links: dict[str, Link] = {}
+        self._num_batches = self._num_done = 0
+
+    async def serve(self, stop: asyncio.Event) -> None:
+        """Runs until ``stop``. Raises ValueError when the checkpoint cannot be used."""
+        torch.set_num_threads(1)  # exact bits assume it: common/model/row_blocks.py
+        context = self._context = zmq.asyncio.Context()
+        self._endpoint = Endpoint(context, self._args.port)
+        self._subscriber = BusSubscriber(context, self._args.monitor_address, ("view",))
+        self._config: asyncio.Future[ClusterConfig] = asyncio.get_running_loop().create_future()
+        self._work = asyncio.Event()
+        self._client = MonitorClient(
+            context, self._process, self._args.monitor_address, self._hello, self._beat, self._on_monitor_message
+        )
+        # One thread: batches follow each other, and the end of the process waits for the one that runs.
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="model") as executor:
+            tasks: list[asyncio.Future[Any]] = [
+                asyncio.ensure_future(work)
+                for work in (stop.wait(), self._client.run(), self._receive_from_bus(), self._prefill(executor))
+            ]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                results = await asyncio.gather(*tasks, return_exceptions=True)
+                context.destroy(linger=0)  # closes all sockets
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+
+    async def _prefill(self, executor: ThreadPoolExecutor) -> None:
+        """Loads the model when the monitor has said which, then serves. Requests wait in the socket until then."""
+        loop = asyncio.get_running_loop()
+        config = await self._config
+        engine = await loop.run_in_executor(
+            executor, PrefillEngine, config.model.path, config.prefill, config.decode.block_size
+        )
+        blocks: BlockAllocator[Attempt] = BlockAllocator(config.prefill.num_kv_blocks, config.decode.block_size)
+        self._queue = PrefillQueue(blocks, config.prefill.chunk_tokens, engine.limits)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._receive_from_peers(self._queue))
+            while True:
+                batch = self._queue.next_batch()
+                if not batch:
+                    self._work.clear()
+                    await self._work.wait()
+                    continue
+                results = await loop.run_in_executor(executor, engine.compute, batch)
+                self._num_batches += 1
+                for chunk in self._queue.on_computed(batch):
+                    self._hand_over(chunk, results[chunk.attempt])
+
+    async def _receive_from_peers(self, queue: PrefillQueue) -> None:
+        while True:
+            incoming = await self._endpoint.receive()
+            answer: Message | None = None
+            match incoming.message:
+                case Prefill() as prefill:
+                    answer = queue.on_prefill(prefill)
+                    self._work.set()
+                case Abort() as abort:
+                    queue.on_abort(abort)
+                    self._work.set()
+                case AskPrefill() as ask:
+                    answer = queue.on_ask(ask)
+                case other:
+                    log.warning("%s sent %s, which is not for prefill", incoming.peer, type(other).__name__)
+            if answer is not None:
+                self._endpoint.send(incoming.peer, answer)
+
+    async def _receive_from_bus(self) -> None:
+        while True:
+            _, message = await self._subscriber.receive()
+            if isinstance(message, View) and self._client.accepts(message):
+                self._on_view(message)
+
+    def _on_monitor_message(self, message: Message) -> None:
+        match message:
+            case Welcome(config=config, view=view):
+                if not self._config.done():
+                    self._config.set_result(config)
+                if view is not None:
+                    self._on_view(view)
+            case View():
+                self._on_view(message)
+            case _:
+                pass
+
+    def _on_view(self, view: View) -> None:
+        if self._view is not None and view.epoch <= self._view.epoch:
+            return
+        self._view = view
+        endpoints = [member.endpoint for member in view.members]
+        for endpoint in self._decode_links.on_endpoints(endpoints, time.monotonic()):
+            self._links.pop(endpoint).close()
+
+    def _hand_over(self, chunk: Chunk, result: Prefilled) -> None:
+        prefill = chunk.prefill
+        if self._decode_links.use(prefill.endpoint, time.monotonic()):
+            self._links[prefill.endpoint] = Link(self._context, self._process, prefill.endpoint)
+        handoff = KvHandoff(
+            prefill.request,
+            prefill.attempt,
+            prefill.rank,
+            prefill.incarnation,
+            chunk.start + len(chunk.tokens),
+            result.token,
+            result.logprob,
+        )
+        self._links[prefill.endpoint].send(handoff, [result.kv])
+        self._endpoint.send(prefill.router, PrefillDone(prefill.request, prefill.attempt))
+        self._num_done += 1
+
+    def _hello(self) -> Hello:
+        args = self._args
+        endpoint = self._endpoint.address(args.host)
+        return Hello(self._process, "prefill", args.name, args.host, os.getpid(), endpoint, args.agent)
+
+    def _beat(self) -> Heartbeat:
+        """On the heartbeat thread: plain reads only."""
+        view, queue = self._view, self._queue
+        counters = {"malformed_messages": self._endpoint.num_malformed, "prefills_done": self._num_done}
+        if queue is not None:
+            counters |= {
+                "kv_blocks_used": queue.blocks.num_used,
+                "kv_blocks": queue.blocks.num_blocks,
+                "prompt_tokens_computed": queue.num_tokens_computed,
+            }
+        return Heartbeat(
+            process=self._process,
+            term=self._client.term,
+            epoch=view.epoch if view else Epoch(0),
+            state="up" if queue is not None else "loading",
+            progress=self._num_batches,
+            counters=counters,
+        )
