@@ -4,15 +4,14 @@ The cache keeps per token one row [latent | rotated key] (DeepSeek-V2, arXiv:240
 latent space and outputs come from it ("absorbed" form), so keys and values are the cached rows themselves and all
 heads read the same row; weights are merged once at load, in fp64.
 
-Work is cut into items: (query tile, key block). A tile holds up to QUERY_TILE tokens of one request, a key block
-KEY_BLOCK positions from a multiple of KEY_BLOCK on. All products of an item have one fixed shape. The maximum over a
-row's scores is taken over all its blocks first (exact in any order); then sums run inside a block in a fixed order, and
-block after block, starting from zero. So a row's bits depend on the request's own rows up to its position, and on
-nothing else: not on chunking, on the batch, or on where blocks lie.
+Work is cut into items: (token, key block), a key block being KEY_BLOCK positions from a multiple of KEY_BLOCK on. All
+products of an item have one fixed shape. The maximum over a token's scores is taken over all its blocks first (exact in
+any order); then sums run inside a block in a fixed order, and block after block, starting from zero. So a token's
+bits depend on the request's own rows up to its position, and on nothing else: not on chunking, on the batch, or on
+where blocks lie.
 
 Legend: T tokens (padded to whole row blocks), H hidden, N heads, M = N + 1 (queries, then the cache row), D latent,
-C = latent + rope, Q query tile, U tiles, A items, S keys of a block, R requests in block tables and rows of a tile
-(Q * N) in scores, W block table width, F rows of the cache.
+C = latent + rope, A items, S keys of a block, P tokens of a part, R requests, W block table width, F rows of the cache.
 """
 
 from dataclasses import dataclass
@@ -24,70 +23,64 @@ from torch import Tensor
 from common.model.checkpoint import Checkpoint
 from common.model.config import ModelConfig
 from common.model.kv_cache import Int64Array
-from common.model.row_blocks import RmsNorm, linear, num_padded
+from common.model.row_blocks import RmsNorm, linear
 
 # The published models norm the latents with this, whatever rms_norm_eps says.
 _LATENT_NORM_EPS = 1e-6
 KEY_BLOCK = 64
-QUERY_TILE = 2
+# Items computed at a time; bounds the memory of their gathered keys.
+_PART_ITEMS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPart:
+    """Tokens start..stop-1 and their items."""
+
+    start: int
+    stop: int
+    token_A: Tensor  # counted from start, rising
+    key_row_AS: Tensor  # flat [A * S]: cache row of each key
+    seen_A1S: Tensor  # 1.0 where the token sees the key, else 0.0
+    bias_A1S: Tensor  # 0.0 where it sees the key, else -inf
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
     """What all layers of one forward pass share. Built from the batch by `plan_attention`."""
 
-    num_tokens: int
-    num_tiles: int
     cache_row_T: Tensor  # where each token's own row is written; not padded
-    tile_row_T: Tensor  # tile * Q + place in the tile; padded with 0
-    tile_A: Tensor
-    query_token_AQ: Tensor  # flat [A * Q]: the token at each place; unused places repeat the tile's first token
-    key_row_AS: Tensor  # flat [A * S]: cache row of each key
-    seen_AQ1S: Tensor  # 1.0 where the query sees the key, else 0.0
-    bias_AQ1S: Tensor  # 0.0 where it sees the key, else -inf
+    parts: tuple[AttentionPart, ...]
 
 
 def plan_attention(
     position_T: Int64Array, request_T: Int64Array, block_table_RW: Int64Array, block_size: int
 ) -> AttentionPlan:
-    """Tiles, items and indices of a batch; arrays are those of `model.Batch`, T > 0 and not padded."""
-    num_tokens = len(position_T)
-    token = np.arange(num_tokens)
-    starts_run = np.ones(num_tokens, dtype=bool)
-    np.not_equal(request_T[1:], request_T[:-1], out=starts_run[1:])
-    place_T = (token - np.maximum.accumulate(np.where(starts_run, token, 0))) % QUERY_TILE
-    first_of_tile = np.flatnonzero(place_T == 0)
-    num_tiles = len(first_of_tile)
-    tile_row_T = np.zeros(num_padded(num_tokens), dtype=np.int64)
-    tile_row_T[:num_tokens] = (np.cumsum(place_T == 0) - 1) * QUERY_TILE + place_T
-    query_token_UQ = np.repeat(first_of_tile[:, None], QUERY_TILE, axis=1)
-    query_token_UQ.reshape(-1)[tile_row_T[:num_tokens]] = token
-    last_U = position_T[query_token_UQ].max(axis=1)
-
-    blocks_U = last_U // KEY_BLOCK + 1
-    tile_A = np.repeat(np.arange(num_tiles), blocks_U)
-    block_A = np.arange(len(tile_A)) - np.repeat(np.cumsum(blocks_U) - blocks_U, blocks_U)
+    """Items and indices of a batch; arrays are those of `model.Batch`, T > 0 and not padded."""
+    blocks_T = position_T // KEY_BLOCK + 1
+    ends_T = np.cumsum(blocks_T)
+    token_A = np.repeat(np.arange(len(position_T)), blocks_T)
+    block_A = np.arange(len(token_A)) - (ends_T - blocks_T)[token_A]
     key_AS = block_A[:, None] * KEY_BLOCK + np.arange(KEY_BLOCK)
-    # Places past the tile's last position read the request's first row: finite, and the request's own. Masked scores
-    # make it count as zero, but zero times whatever lies in unused memory could be NaN.
-    read_AS = np.where(key_AS <= last_U[tile_A][:, None], key_AS, 0)
-    request_A = request_T[first_of_tile][tile_A][:, None]
-    key_row_AS = block_table_RW[request_A, read_AS // block_size] * block_size + read_AS % block_size
+    seen_AS = key_AS <= position_T[token_A][:, None]
+    # Places past the token read the request's first row: finite, and the request's own. Masked scores make it
+    # count as zero, but zero times whatever lies in unused memory could be NaN.
+    read_AS = np.where(seen_AS, key_AS, 0)
+    request_A1 = request_T[token_A][:, None]
+    key_row_AS = torch.from_numpy(block_table_RW[request_A1, read_AS // block_size] * block_size + read_AS % block_size)
+    seen_A1S = torch.from_numpy(seen_AS.astype(np.float32)[:, None])
+    bias_A1S = torch.from_numpy(np.where(seen_AS, np.float32(0), np.float32(-np.inf))[:, None])
 
-    query_token_AQ = query_token_UQ[tile_A]
-    seen_AQ1S = (key_AS[:, None, None, :] <= position_T[query_token_AQ][:, :, None, None]).astype(np.float32)
+    part_T = (ends_T - 1) // _PART_ITEMS
+    starts = np.flatnonzero(np.diff(part_T, prepend=-1)).tolist()
+    parts = []
+    for start, stop in zip(starts, [*starts[1:], len(position_T)], strict=True):
+        items = slice(int(ends_T[start] - blocks_T[start]), int(ends_T[stop - 1]))
+        token_A_of_part = torch.from_numpy(token_A[items] - start)
+        parts.append(
+            AttentionPart(start, stop, token_A_of_part, key_row_AS[items].reshape(-1), seen_A1S[items], bias_A1S[items])
+        )
     cache_row_T = block_table_RW[request_T, position_T // block_size] * block_size + position_T % block_size
-    return AttentionPlan(
-        num_tokens=num_tokens,
-        num_tiles=num_tiles,
-        cache_row_T=torch.from_numpy(cache_row_T),
-        tile_row_T=torch.from_numpy(tile_row_T),
-        tile_A=torch.from_numpy(tile_A),
-        query_token_AQ=torch.from_numpy(query_token_AQ.reshape(-1)),
-        key_row_AS=torch.from_numpy(key_row_AS.reshape(-1)),
-        seen_AQ1S=torch.from_numpy(seen_AQ1S),
-        bias_AQ1S=torch.from_numpy(np.where(seen_AQ1S > 0, np.float32(0), np.float32(-np.inf))),
-    )
+    return AttentionPlan(torch.from_numpy(cache_row_T), tuple(parts))
 
 
 class RotaryTable:
@@ -145,10 +138,13 @@ class Attention:
         rows_TMC = self._project(x_TH)
         pairs_TMh2 = rows_TMC[:, :, latent:].view(*rows_TMC.shape[:2], -1, 2)
         torch.view_as_complex(pairs_TMh2).mul_(turn_T1h)
-        kv_TC = rows_TMC[: plan.num_tokens, -1]
+        kv_TC = rows_TMC[: len(plan.cache_row_T), -1]
         kv_TC[:, :latent] = self._kv_norm.run(kv_TC[:, :latent])
         cache_FC.index_copy_(0, plan.cache_row_T, kv_TC)
-        return linear(_attend(rows_TMC[:, :-1], plan, cache_FC, latent), self._output)
+        attended = x_TH.new_zeros((x_TH.shape[0], (rows_TMC.shape[1] - 1) * latent))
+        for part in plan.parts:
+            attended[part.start : part.stop] = _attend(rows_TMC[part.start : part.stop, :-1], part, cache_FC, latent)
+        return linear(attended, self._output)
 
     def _project(self, x_TH: Tensor) -> Tensor:
         """[T, N + 1, C]: the queries of all heads, then the token's cache row, not yet normed and rotated."""
@@ -160,28 +156,23 @@ class Attention:
         return first.view(x_TH.shape[0], config.num_attention_heads + 1, config.kv_row_size)
 
 
-def _attend(query_TNC: Tensor, plan: AttentionPlan, cache_FC: Tensor, latent: int) -> Tensor:
-    """Softmax attention of each token over its request's rows: [T, N * D], padding rows included (any finite value)."""
-    heads, width = query_TNC.shape[1:]
-    num_items, rows = len(plan.tile_A), QUERY_TILE * heads
-    query_ARC = query_TNC.index_select(0, plan.query_token_AQ).view(num_items, rows, width)
-    key_ASC = cache_FC.index_select(0, plan.key_row_AS).view(num_items, KEY_BLOCK, width)
-
-    score_ARS = torch.bmm(query_ARC, key_ASC.transpose(1, 2))
-    score_AQNS = score_ARS.view(num_items, QUERY_TILE, heads, KEY_BLOCK)
-    score_AQNS.add_(plan.bias_AQ1S)
-    top_UR = score_ARS.new_full((plan.num_tiles, rows), float("-inf"))
-    top_UR.scatter_reduce_(0, plan.tile_A[:, None].expand(num_items, rows), score_ARS.amax(-1), "amax")
-    score_ARS.sub_(top_UR.index_select(0, plan.tile_A)[:, :, None])
-    # exp is ten times slower where it underflows, so nothing is left below e^-80; what is masked becomes an exact zero.
-    score_ARS.clamp_(min=-80.0).exp_()
-    score_AQNS.mul_(plan.seen_AQ1S)
+def _attend(query_PNC: Tensor, part: AttentionPart, cache_FC: Tensor, latent: int) -> Tensor:
+    """Softmax attention of each token of a part over its request's rows: [P, N * D]."""
+    num_tokens, heads, width = query_PNC.shape
+    num_items = len(part.token_A)
+    query_ANC = query_PNC.index_select(0, part.token_A)
+    key_ASC = cache_FC.index_select(0, part.key_row_AS).view(num_items, KEY_BLOCK, width)
+    score_ANS = torch.bmm(query_ANC, key_ASC.transpose(1, 2)).add_(part.bias_A1S)
+    top_PN = score_ANS.new_full((num_tokens, heads), float("-inf"))
+    top_PN.scatter_reduce_(0, part.token_A[:, None].expand(num_items, heads), score_ANS.amax(-1), "amax")
+    score_ANS.sub_(top_PN.index_select(0, part.token_A)[:, :, None])
+    # exp is ten times slower where it underflows, so nothing is left below e^-80; what is masked becomes exactly zero.
+    weight_ANS = score_ANS.clamp_(min=-80.0).exp_().mul_(part.seen_A1S)
     # The latent is the value; a column of ones behind it makes the same product and sums yield the softmax's total.
     key_ASC[:, :, latent] = 1.0
-    sums_URD = score_ARS.new_zeros((plan.num_tiles, rows, latent + 1))
-    sums_URD.index_add_(0, plan.tile_A, torch.bmm(score_ARS, key_ASC[:, :, : latent + 1]))
-    value_URD = sums_URD[:, :, :latent] / sums_URD[:, :, latent:]
-    return value_URD.view(-1, heads * latent).index_select(0, plan.tile_row_T)
+    sums_PND = score_ANS.new_zeros((num_tokens, heads, latent + 1))
+    sums_PND.index_add_(0, part.token_A, torch.bmm(weight_ANS, key_ASC[:, :, : latent + 1]))
+    return (sums_PND[:, :, :latent] / sums_PND[:, :, latent:]).view(num_tokens, heads * latent)
 
 
 def _pair_order(rope: int, interleaved: bool) -> Tensor:

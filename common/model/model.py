@@ -26,10 +26,9 @@ class Batch:
     """One forward pass. Arrays are int64.
 
     token_ids_T, position_T: the tokens and their places in their requests; request_index_T: the row of each token's
-    request in block_table_RW. Tokens of one request should be neighbours (they then share work). Every earlier
-    position of a request must be in the cache already or in this batch. block_table_RW: block ids; entries past a
-    request's last block are not read. logit_index_S: which of the T tokens want logits. All may be empty: a rank
-    without work still takes part in the exchange of every layer.
+    request in block_table_RW; in any order. Every earlier position of a request must be in the cache already or in
+    this batch. block_table_RW: block ids; entries past a request's last block are not read. logit_index_S: which of
+    the T tokens want logits. All may be empty: a rank without work still takes part in the exchange of every layer.
     """
 
     token_ids_T: Int64Array
