@@ -41,7 +41,6 @@ class AttentionPart:
     token_A: Tensor  # counted from start, rising
     key_row_AS: Tensor  # flat [A * S]: cache row of each key
     seen_A1S: Tensor  # 1.0 where the token sees the key, else 0.0
-    bias_A1S: Tensor  # 0.0 where it sees the key, else -inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +61,12 @@ def plan_attention(
     block_A = np.arange(len(token_A)) - (ends_T - blocks_T)[token_A]
     key_AS = block_A[:, None] * KEY_BLOCK + np.arange(KEY_BLOCK)
     seen_AS = key_AS <= position_T[token_A][:, None]
-    # Places past the token read the request's first row: finite, and the request's own. Masked scores make it
-    # count as zero, but zero times whatever lies in unused memory could be NaN.
+    # Places past the token read the request's first row, which every token sees: it does not raise the maximum, and it
+    # is finite, where zero times whatever lies in unused memory could be NaN.
     read_AS = np.where(seen_AS, key_AS, 0)
     request_A1 = request_T[token_A][:, None]
     key_row_AS = torch.from_numpy(block_table_RW[request_A1, read_AS // block_size] * block_size + read_AS % block_size)
     seen_A1S = torch.from_numpy(seen_AS.astype(np.float32)[:, None])
-    bias_A1S = torch.from_numpy(np.where(seen_AS, np.float32(0), np.float32(-np.inf))[:, None])
 
     part_T = (ends_T - 1) // _PART_ITEMS
     starts = np.flatnonzero(np.diff(part_T, prepend=-1)).tolist()
@@ -76,9 +74,7 @@ def plan_attention(
     for start, stop in zip(starts, [*starts[1:], len(position_T)], strict=True):
         items = slice(int(ends_T[start] - blocks_T[start]), int(ends_T[stop - 1]))
         token_A_of_part = torch.from_numpy(token_A[items] - start)
-        parts.append(
-            AttentionPart(start, stop, token_A_of_part, key_row_AS[items].reshape(-1), seen_A1S[items], bias_A1S[items])
-        )
+        parts.append(AttentionPart(start, stop, token_A_of_part, key_row_AS[items].reshape(-1), seen_A1S[items]))
     cache_row_T = block_table_RW[request_T, position_T // block_size] * block_size + position_T % block_size
     return AttentionPlan(torch.from_numpy(cache_row_T), tuple(parts))
 
@@ -162,7 +158,7 @@ def _attend(query_PNC: Tensor, part: AttentionPart, cache_FC: Tensor, latent: in
     num_items = len(part.token_A)
     query_ANC = query_PNC.index_select(0, part.token_A)
     key_ASC = cache_FC.index_select(0, part.key_row_AS).view(num_items, KEY_BLOCK, width)
-    score_ANS = torch.bmm(query_ANC, key_ASC.transpose(1, 2)).add_(part.bias_A1S)
+    score_ANS = torch.bmm(query_ANC, key_ASC.transpose(1, 2))
     top_PN = score_ANS.new_full((num_tokens, heads), float("-inf"))
     top_PN.scatter_reduce_(0, part.token_A[:, None].expand(num_items, heads), score_ANS.amax(-1), "amax")
     score_ANS.sub_(top_PN.index_select(0, part.token_A)[:, :, None])
