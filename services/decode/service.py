@@ -73,10 +73,7 @@ class DecodeService:
         finally:
             self._stream.stop()
             await asyncio.to_thread(self._stream.join, STREAM_END_S)
-            self._links.close()
-            for socket in (self._endpoint, self._publisher, self._subscriber):
-                socket.close()
-            context.term()
+            context.destroy(linger=0)  # closes all sockets
 
     async def _run_until(self, stop: asyncio.Event, ended: "asyncio.Future[BaseException | None]") -> None:
         """Returns after ``stop`` when the stream has ended; raises what ended the stream, or any of the tasks."""
@@ -176,9 +173,6 @@ class _Links:
     def keep_only(self, endpoints: Iterable[str]) -> None:
         for endpoint in self._links.keys() - set(endpoints):
             self._links.pop(endpoint).close()
-
-    def close(self) -> None:
-        self.keep_only(())
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., Any], argument: object) -> None:

@@ -18,6 +18,7 @@ import torch
 from common.config import ClusterConfig, DecodeConfig, ModelConfig
 from common.ids import Epoch, Incarnation, ProcessId, Rank, RequestId
 from common.messages import (
+    Abort,
     Announce,
     Directory,
     ExpertLoad,
@@ -180,7 +181,10 @@ class Group:
 
     def prepare(self, view: View, base_epoch: Epoch) -> None:
         for member in view.members:
-            self.ranks[member.rank].stream.deliver(MONITOR, Prepare(view, base_epoch))
+            self.prepare_at(member.rank, view, base_epoch)
+
+    def prepare_at(self, rank: int, view: View, base_epoch: Epoch) -> None:
+        self.ranks[rank].stream.deliver(MONITOR, Prepare(view, base_epoch))
 
     def publish(self, view: View, only: list[int] | None = None) -> None:
         for rank, made in self.ranks.items():
@@ -214,8 +218,17 @@ class Group:
         )
         made.stream.deliver(PREFILL, kv, frames)
 
+    def abort(self, request: Request, rank: int) -> None:
+        self.ranks[rank].stream.deliver(ROUTER, Abort(RequestId(request.name), 1))
+
+    def now(self) -> float:
+        return time.monotonic()
+
     def await_outputs(self, requests: list[Request], count: int | None = None) -> None:
         self.wait_until(lambda: all(len(self.outputs[r.name]) >= (count or r.max_tokens) for r in requests))
+
+    def await_told(self, made: RankUnderTest, kind: type[Message]) -> None:
+        self.wait_until(lambda: any(isinstance(message, kind) for message in made.told))
 
     def outputs_of(self, request: Request) -> Outputs:
         got = self.outputs[request.name]
@@ -265,9 +278,9 @@ class Group:
 
 
 @contextmanager
-def decode_group(num_ranks: int, heap_dir: Path) -> Iterator[Group]:
+def decode_group(num_ranks: int, heap_dir: Path, config: ClusterConfig | None = None) -> Iterator[Group]:
     torch.set_num_threads(1)
-    group = Group(num_ranks, heap_dir)
+    group = Group(num_ranks, heap_dir, config)
     try:
         yield group
     finally:

@@ -1,8 +1,20 @@
 """Real decode streams over shared memory, views made by the test: bits equal to one process with all experts."""
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from tests.services.decode_group import Request, decode_group
+import msgspec
+import pytest
+import torch
+
+from common.config import ClusterConfig
+from common.ids import Epoch
+from common.messages import RollAnswer, RollCall, SlotLeft, TokenBatch, VoidReport
+from common.model.experts import expert_rows
+from services.decode import elastic_exchange
+from tests.services.decode_group import MONITOR, Group, Request, decode_group, tiny_config
 
 
 def prompts(num: int, max_tokens: int = 12) -> list[Request]:
@@ -11,12 +23,200 @@ def prompts(num: int, max_tokens: int = 12) -> list[Request]:
     ]
 
 
+def submit_all(group: Group, requests: list[Request], num_ranks: int) -> None:
+    for number, request in enumerate(requests):
+        group.submit(request, number % num_ranks)
+
+
+def assert_exact(group: Group, requests: list[Request]) -> None:
+    for request in requests:
+        assert group.outputs_of(request) == group.reference.outputs(request)
+
+
 def test_three_ranks_compute_what_one_process_does(tmp_path: Path) -> None:
     with decode_group(3, tmp_path) as group:
         group.form(3)
         requests = prompts(7)
-        for number, request in enumerate(requests):
-            group.submit(request, number % 3)
+        submit_all(group, requests, 3)
+        group.await_outputs(requests)
+        assert_exact(group, requests)
+        for made in group.ranks.values():
+            counters = made.stream.counters()
+            assert counters["prompt_tokens_computed"] == 0
+            assert counters["kv_blocks_used"] == 0
+
+
+def test_a_dropped_expert_row_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison of the other tests is worth something: one wrong row in one round changes bits."""
+    num_calls = 0
+
+    def dropping(*args: Any) -> torch.Tensor:
+        nonlocal num_calls
+        rows = expert_rows(*args)
+        num_calls += len(rows) > 0
+        if num_calls == 5 and len(rows):
+            rows[0] = 0.0
+            num_calls += 1
+        return rows
+
+    monkeypatch.setattr(elastic_exchange, "expert_rows", dropping)
+    with decode_group(2, tmp_path) as group:
+        group.form(2)
+        requests = prompts(4)
+        submit_all(group, requests, 2)
+        group.await_outputs(requests)
+        with pytest.raises(AssertionError):
+            assert_exact(group, requests)
+
+
+def test_a_rank_computes_with_the_experts_of_others(tmp_path: Path) -> None:
+    """Overwriting the only copy of an expert on rank 1 changes what requests on rank 0 produce."""
+    decode = msgspec.structs.replace(tiny_config(2).decode, num_redundant_experts=0)
+    config: ClusterConfig = msgspec.structs.replace(tiny_config(2), decode=decode)
+    with decode_group(2, tmp_path, config) as group:
+        group.form(2)
+        engine = group.ranks[1].stream._engine
+        assert engine is not None and engine._slots is not None
+        with torch.inference_mode():
+            engine._slots._weights_LPF.mul_(-1.0)
+        requests = prompts(2)
+        for request in requests:
+            group.submit(request, 0)
         group.await_outputs(requests)
         for request in requests:
-            assert group.outputs_of(request) == group.reference.outputs(request)
+            assert group.outputs_of(request) != group.reference.outputs(request)
+
+
+class Hang:
+    """Stops one rank's stream inside a combine, as a stopped process would be, until `resume`."""
+
+    def __init__(self, group: Group, rank: int, after: int) -> None:
+        self.reached, self._resume = threading.Event(), threading.Event()
+        engine = group.ranks[rank].stream._engine
+        assert engine is not None and engine.group is not None
+        combine, self._left = engine.group.combine, after
+        engine.group.combine = lambda *args: self._pass(combine, args)  # type: ignore[method-assign]
+
+    def _pass(self, combine: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        self._left -= 1
+        if self._left == 0:
+            self.reached.set()
+            assert self._resume.wait(60)
+        return combine(*args)
+
+    def resume(self) -> None:
+        self._resume.set()
+
+
+def test_survivors_go_on_when_a_rank_vanishes_in_mid_round(tmp_path: Path) -> None:
+    with decode_group(3, tmp_path) as group:
+        group.form(3)
+        hang = Hang(group, 2, after=9)
+        requests = prompts(6, max_tokens=20)
+        submit_all(group, requests, 3)
+        group.wait_until(hang.reached.is_set)
+        started = group.now()
+        view = group.view([0, 1])
+        group.publish(view, only=[0, 1])
+        group.await_epoch(view)
+        assert group.now() - started < 2.0, "survivors waited for a deadline (20 s), not for the view"
+        for request in requests[2::3]:
+            known = group.outputs_of(request)
+            group.submit(request, 0, known, attempt=2)
+        group.await_outputs(requests)
+        assert_exact(group, requests)
+
+        hang.resume()  # the zombie: it has been poisoned, and learns of the view later
+        group.publish(view, only=[2])
+        group.await_told(group.ranks[2], SlotLeft)
+        for rank in (0, 1):
+            assert group.ranks[rank].stream.counters()["void_rounds"] <= 1
+
+
+def test_join_in_band_without_a_void_round(tmp_path: Path) -> None:
+    with decode_group(3, tmp_path) as group:
+        first = group.form(2)
+        requests = prompts(4, max_tokens=60)
+        submit_all(group, requests, 2)
+        group.await_outputs(requests, count=5)
+        group.start_rank(2)
+        view = group.view([0, 1, 2])
+        group.prepare(view, first.epoch)
+        group.await_epoch(view)
+        late = [Request(f"late{n}", (5, 6, 7 + n), 12) for n in range(2)]
+        for request in late:
+            group.submit(request, 2)
+        group.await_outputs(requests + late)
+        assert_exact(group, requests + late)
+        for made in group.ranks.values():
+            assert made.stream.counters()["void_rounds"] == 0
+            assert not any(isinstance(message, VoidReport) for message in made.told)
+            assert made.stream.counters()["stale_messages"] == 0
+
+
+def test_a_dropped_join_costs_no_round_and_can_be_repeated(tmp_path: Path) -> None:
+    """The newcomer of a prepared view dies before it is ready; a view of the old members ends the preparation."""
+    with decode_group(3, tmp_path) as group:
+        first = group.form(2)
+        newcomer = group.start_rank(2)
+        prepared = group.view([0, 1, 2])
+        for rank in (0, 1):
+            group.prepare_at(rank, prepared, first.epoch)
+        requests = prompts(4)
+        submit_all(group, requests, 2)
+        group.await_outputs(requests)
+        dropped = group.view([0, 1])
+        group.publish(dropped, only=[0, 1])
+        group.await_epoch(dropped)
+        again = group.view([0, 1, 2])
+        group.prepare(again, dropped.epoch)
+        group.await_epoch(again)
+        assert newcomer.stream.status.state == "serving"
+        assert_exact(group, requests)
+
+
+def test_roll_call_is_answered_and_ends_in_the_next_view(tmp_path: Path) -> None:
+    with decode_group(2, tmp_path) as group:
+        first = group.form(2)
+        requests = prompts(4, max_tokens=40)
+        submit_all(group, requests, 2)
+        group.await_outputs(requests, count=3)
+        for made in group.ranks.values():
+            made.stream.deliver(MONITOR, RollCall(MONITOR, 1, first.epoch))
+        for made in group.ranks.values():
+            group.await_told(made, RollAnswer)
+            assert made.stream.status.state == "void"
+        view = group.view([0, 1])
+        group.publish(view)
+        group.await_outputs(requests)
+        assert_exact(group, requests)
+
+
+def test_formation_begins_anew_when_one_dies_in_it(tmp_path: Path) -> None:
+    with decode_group(3, tmp_path) as group:
+        for rank in range(3):
+            group.start_rank(rank)
+        never = group.view([0, 1, 2])
+        for rank in (0, 1):
+            group.prepare_at(rank, never, Epoch(0))
+        view = group.view([0, 1])
+        for rank in (0, 1):
+            group.prepare_at(rank, view, Epoch(0))
+        group.await_epoch(view)
+        requests = prompts(4)
+        submit_all(group, requests, 2)
+        group.await_outputs(requests)
+        assert_exact(group, requests)
+
+
+def test_aborted_requests_give_their_blocks_back(tmp_path: Path) -> None:
+    with decode_group(2, tmp_path) as group:
+        group.form(2)
+        requests = prompts(4, max_tokens=500)
+        for request in requests:
+            group.submit(request, 0)
+        group.await_outputs(requests[:2], count=2)
+        for request in requests:
+            group.abort(request, 0)
+        group.wait_until(lambda: group.ranks[0].stream.counters()["kv_blocks_used"] == 0)
+        assert not any(isinstance(message, TokenBatch) for message in group.ranks[1].told)
