@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -46,7 +47,6 @@ class Gateway(Protocol):
         """Why no request can be served now; None when one can."""
         ...
 
-    def created(self) -> int: ...
     async def cluster_status(self) -> dict[str, Any]: ...
     def render_metrics(self) -> bytes: ...
 
@@ -76,6 +76,7 @@ class _Answer:
 class HttpApi:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
+        self._started_at = int(time.time())
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[_errors_as_json])
@@ -104,7 +105,7 @@ class HttpApi:
         sampling = parsed.sampling(model.limits, len(prompt), self._gateway.draw_seed())
         with self._gateway.open(prompt, sampling, parsed.stops) as generation:
             id = f"{'chatcmpl' if chat else 'cmpl'}-{generation.id}"
-            head = ResponseHead(id, model.limits.name, self._gateway.created(), chat)
+            head = ResponseHead(id, model.limits.name, int(time.time()), chat)
             answer = _Answer(head, parsed, model, generation, len(prompt))
             # An error before the first token has its own HTTP status, streaming or not.
             first = await generation.next()
@@ -149,21 +150,18 @@ class HttpApi:
         if head.chat:
             await write(openai_format.role_chunk(head))
         num_characters = 0
-        while True:
-            logprobs = answer.logprobs(delta)
-            await write(openai_format.chunk(head, delta.text, delta.finish, logprobs, num_characters))
-            num_characters += sum(len(token.text) for token in logprobs or ())
-            if delta.finish:
-                break
-            try:
+        try:
+            while True:
+                logprobs = answer.logprobs(delta)
+                await write(openai_format.chunk(head, delta.text, delta.finish, logprobs, num_characters))
+                num_characters += sum(len(token.text) for token in logprobs or ())
+                if delta.finish:
+                    break
                 delta = await answer.generation.next()
-            except ApiError as error:
-                await self._write(response, b"data: " + msgspec.json.encode(_error_body(error)) + b"\n\n")
-                break
-        else:
-            return
-        if delta.finish and usage_wanted:
-            await write(openai_format.usage_chunk(head, answer.usage()))
+            if usage_wanted:
+                await write(openai_format.usage_chunk(head, answer.usage()))
+        except ApiError as error:
+            await self._write(response, b"data: " + msgspec.json.encode(_error_body(error)) + b"\n\n")
         await self._write(response, b"data: [DONE]\n\n")
         await response.write_eof()
 
@@ -173,13 +171,13 @@ class HttpApi:
 
     async def _models(self, request: web.Request) -> web.Response:
         limits = self._gateway.model().limits
-        return _json(openai_format.model_list(limits.name, self._gateway.created(), limits.max_model_len))
+        return _json(openai_format.model_list(limits.name, self._started_at, limits.max_model_len))
 
     async def _one_model(self, request: web.Request) -> web.Response:
         limits, name = self._gateway.model().limits, request.match_info["model"]
         if name != limits.name:
             raise ApiError(404, f"the model {name!r} does not exist; this server has {limits.name!r}", "model")
-        cards = openai_format.model_list(limits.name, self._gateway.created(), limits.max_model_len)
+        cards = openai_format.model_list(limits.name, self._started_at, limits.max_model_len)
         return _json(cards["data"][0])
 
     async def _health(self, request: web.Request) -> web.Response:
@@ -189,7 +187,11 @@ class HttpApi:
         return _json({"status": "ok"})
 
     async def _version(self, request: web.Request) -> web.Response:
-        return _json({"version": metadata.version("regrow")})
+        try:
+            version = metadata.version("regrow")
+        except metadata.PackageNotFoundError:  # a checkout that was not installed
+            version = "unknown"
+        return _json({"version": version})
 
     async def _metrics(self, request: web.Request) -> web.Response:
         return web.Response(body=self._gateway.render_metrics(), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -40,7 +40,7 @@ class RequestTable:
         self._directory: Directory | None = None
         self._ranks: dict[Rank, RankLoad] = {}
         self._prefill: tuple[ProcessId, ...] = ()
-        self.num_stale_tokens = 0  # of requests that have left the table, or known to none
+        self._num_stale_tokens = 0  # of requests that have left the table, or known to none
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -49,6 +49,11 @@ class RequestTable:
     def num_running(self) -> int:
         """Requests that have a place."""
         return sum(request.place is not None for request in self._requests.values())
+
+    @property
+    def num_stale_tokens(self) -> int:
+        """Tokens dropped so far: doubled, or of an old attempt."""
+        return self._num_stale_tokens + sum(request.num_stale_tokens for request in self._requests.values())
 
     @property
     def epoch(self) -> int:
@@ -152,7 +157,7 @@ class RequestTable:
                 or place is None
                 or (place.rank, place.incarnation) != (batch.rank, batch.incarnation)
             ):
-                self.num_stale_tokens += len(tokens.ids)
+                self._num_stale_tokens += len(tokens.ids)
                 actions.append(Send(peer, Abort(tokens.request, tokens.attempt)))
             else:
                 actions += request.on_tokens(tokens, now)
@@ -182,7 +187,7 @@ class RequestTable:
     def _settle(self, actions: list[Action], now: float) -> list[Action]:
         """After any event: what has ended leaves the table, what has no place is placed."""
         for request in [request for request in self._requests.values() if request.ended]:
-            self.num_stale_tokens += request.num_stale_tokens
+            self._num_stale_tokens += request.num_stale_tokens
             del self._requests[request.id]
         return actions + self._place_waiting(now)
 

@@ -6,7 +6,6 @@ links, monitor, bus --messages--> table --actions--> generations --> HTTP handle
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import secrets
@@ -26,6 +25,7 @@ from common.process_args import ProcessArgs
 from common.transport import Link
 from services.router.admission import RETRY_AFTER_OUTAGE_S, RETRY_AFTER_S, Admission
 from services.router.http_api import listen, make_runner
+from services.router.http_cluster import ClusterStatus
 from services.router.http_generation import Generation
 from services.router.request_actions import Action, Deliver, Fail, Replaced, Send
 from services.router.request_parsing import ApiError
@@ -34,7 +34,6 @@ from services.router.served_model import ServedModel, load_served_model
 from services.router.text_stream import TextStream
 
 _TICK_S = 0.05
-_STATUS_DEADLINE_S = 1.0
 # After the drain: time to write what is left to the clients.
 _LAST_WORDS_S = 1.0
 
@@ -57,7 +56,6 @@ class Router:
         self._args, self._context = args, context
         self._process = args.process_id or make_process_id(args.name, secrets.randbits(64))
         self._nonce, self._num_requests = secrets.randbits(64), 0
-        self._created = int(time.time())
         self._metrics = router_metrics()
         self._config = ClusterConfig()
         self._admission = Admission(self._config.router)
@@ -69,8 +67,9 @@ class Router:
         self._idle = asyncio.Event()  # set while there are no generations
         self._idle.set()
         self._links: dict[ProcessId, tuple[Link, asyncio.Task[None]]] = {}
-        self._asked: dict[int, asyncio.Future[str]] = {}
-        self._last_status: dict[str, Any] | None = None
+        self._status = ClusterStatus(lambda number: self._client.send(AskStatus(self._process, number)))
+        # For counters that only grow: what they have been given, and what closed links had counted.
+        self._num_stale = self._num_malformed = self._num_malformed_counted = 0
         self._counters: dict[str, int] = {}
         self._endpoint = ""
         self._tasks = asyncio.TaskGroup()
@@ -106,9 +105,6 @@ class Router:
 
     def send_timeout_s(self) -> float:
         return self._config.router.request_deadline_s
-
-    def created(self) -> int:
-        return self._created
 
     def draw_seed(self) -> int:
         return secrets.randbits(64)
@@ -146,26 +142,17 @@ class Router:
         return None
 
     async def cluster_status(self) -> dict[str, Any]:
-        """The monitor's word, or its last one marked as stale when it does not answer in time."""
-        id = secrets.randbits(63)
-        answer = self._asked[id] = asyncio.get_running_loop().create_future()
-        self._client.send(AskStatus(self._process, id))
-        try:
-            async with asyncio.timeout(_STATUS_DEADLINE_S):
-                status: dict[str, Any] = json.loads(await answer)
-        except TimeoutError:
-            if self._last_status is None:
-                raise ApiError(503, "the monitor does not answer", retry_after_s=RETRY_AFTER_S) from None
-            return {**self._last_status, "stale": True}
-        finally:
-            del self._asked[id]
-        self._last_status = status
-        return status
+        return await self._status.get()
 
     def render_metrics(self) -> bytes:
         self._metrics.requests_running.set(self._table.num_running)
         self._metrics.requests_waiting.set(len(self._table) - self._table.num_running)
         self._metrics.epoch.set(self._table.epoch)
+        self._metrics.stale_tokens.inc(self._table.num_stale_tokens - self._num_stale)
+        self._num_stale = self._table.num_stale_tokens
+        num_malformed = self._num_malformed + sum(link.num_malformed for link, _ in self._links.values())
+        self._metrics.dropped_messages.inc(num_malformed - self._num_malformed_counted)
+        self._num_malformed_counted = num_malformed
         self._metrics.ranks.labels(state="serving").set(self._table.num_ranks)
         return render(self._metrics.registry)
 
@@ -181,7 +168,7 @@ class Router:
             self._process,
             term=self._client.term,
             epoch=self._view.epoch if self._view else Epoch(0),
-            state="draining" if self._admission.draining else "up",
+            state="draining" if self._admission.draining else "starting" if self._model is None else "up",
             counters=self._counters,
         )
 
@@ -191,8 +178,8 @@ class Router:
                 self._on_welcome(message)
             case View() | Directory():
                 self._on_membership(message)
-            case Status(id=id, body=body) if id in self._asked and not self._asked[id].done():
-                self._asked[id].set_result(body)
+            case Status():
+                self._status.on_status(message)
             case _:
                 pass
 
@@ -252,6 +239,7 @@ class Router:
         for process in self._links.keys() - self._addresses().keys():
             link, task = self._links.pop(process)
             task.cancel()
+            self._num_malformed += link.num_malformed
             link.close()
 
     async def _receive(self, process: ProcessId, link: Link) -> None:

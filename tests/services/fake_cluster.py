@@ -103,6 +103,7 @@ class FakeDecode:
         self.stop_after = -1  # outputs after which the model says end of sequence
         self.round_s = 0.002
         self.paused = False
+        self.pause_at = -1  # outputs at which a request makes no progress
 
     def member(self) -> Member:
         return Member(self.rank, self.incarnation, self.process, "127.0.0.1", self.endpoint.address("127.0.0.1"), "")
@@ -137,7 +138,8 @@ class FakeDecode:
         while True:
             await asyncio.sleep(self.round_s)
             for row in list(self.rows.values()):
-                if row.has_kv and not self.paused and not self._finish(row):
+                paused = self.paused or len(row.outputs) == self.pause_at
+                if row.has_kv and not paused and not self._finish(row):
                     row.outputs.append(self._next(row))
                     self._send(row, len(row.outputs) - 1)
 
@@ -283,7 +285,8 @@ class FakeCluster:
             case Heartbeat():
                 self.beat = message
                 self.monitor.send(peer, HeartbeatReply(MONITOR, TERM, Epoch(message.epoch), 0))
-                self._ready.set()
+                if message.state == "up":
+                    self._ready.set()
             case AskView() if self._router:
                 self.monitor.send(self._router, self.view())
             case AskStatus(id=id) if self.status is not None:

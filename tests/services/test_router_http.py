@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
@@ -117,6 +118,24 @@ async def test_streams_outlive_their_rank_token_for_token(by_bus: bool) -> None:
         assert len(seeds) == len(prompts)
 
 
+async def test_a_stop_string_is_found_across_a_redispatch() -> None:
+    async with fake_cluster(num_decodes=1) as cluster, cluster.client() as client:
+        whole = expected_text(KEY, 60)
+        stop = whole[40:50]
+        cluster.decodes[0].pause_at = 45
+        stream = await client.completions.create(
+            model="tiny-random", prompt=PROMPT, max_tokens=60, stream=True, stop=stop
+        )
+        chunks = [await anext(stream) for _ in range(45)]
+        cluster.kill(cluster.decodes[0])
+        cluster.add_decode(0)
+        cluster.publish()
+        chunks += [chunk async for chunk in stream]
+        assert "".join(chunk.choices[0].text for chunk in chunks) == whole[:40]
+        assert chunks[-1].choices[0].finish_reason == "stop"
+        assert [prefill.outputs for prefill in cluster.prefills[0].seen][1] != ()
+
+
 async def test_a_lost_prefill_worker_is_replaced() -> None:
     async with fake_cluster(num_prefills=2) as cluster, cluster.client() as client:
         for prefill in cluster.prefills:
@@ -209,6 +228,19 @@ async def test_bad_requests_name_the_field(data: bytes, status: int, param: str 
         assert answer["error"]["message"]
 
 
+async def test_a_body_without_a_length_is_bounded_too() -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        for _ in range(1000):
+            yield b"x" * 1000
+
+    async with (
+        fake_cluster(max_body_bytes=100_000) as cluster,
+        aiohttp.ClientSession() as session,
+        session.post(f"{cluster.url}/v1/completions", data=endless()) as response,
+    ):
+        assert response.status == 413
+
+
 async def test_an_unknown_path_and_a_wrong_method_are_json_too() -> None:
     async with fake_cluster() as cluster:
         assert (await _post(cluster, "/v1/nothing", b"{}"))[1]["error"]["code"] == 404
@@ -228,6 +260,8 @@ async def test_models_version_and_metrics() -> None:
             text = await response.text()
         assert 'regrow_requests_total{outcome="finished"} 1.0' in text
         assert "regrow_output_tokens_total 5.0" in text
+        status, version = await _get(cluster, "/version")
+        assert status == 200 and version["version"]
         assert f"regrow_epoch {float(cluster.epoch)}" in text
 
 
