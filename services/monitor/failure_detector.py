@@ -1,0 +1,74 @@
+"""Evidence against members of the current view that heartbeats, or their lack, give. Pure; decides nothing.
+
+silent     nothing heard for heartbeat_timeout_s of the monitor's own on-time ticks
+stuck      heartbeats come, but no progress for that long while another member waits for this one
+behind     the published view's epoch not reported within adopt_timeout_s
+"""
+
+from dataclasses import dataclass
+
+from common.config import MonitorConfig
+from common.ids import ProcessId
+from common.messages import Member, View
+from services.monitor.processes import ProcessTable, reports
+from services.monitor.ticks import TickClock
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    process: ProcessId
+    evidence: str
+    since: float
+
+
+class FailureDetector:
+    def __init__(self, config: MonitorConfig, table: ProcessTable, clock: TickClock) -> None:
+        self._config, self._table, self._clock = config, table, clock
+        self._standstill: dict[ProcessId, tuple[int, float]] = {}  # of awaited members: progress, and since when
+
+    def silent(self, view: View, now: float) -> list[Suspect]:
+        found = []
+        for member in view.members:
+            process = self._table.get(member.process)
+            if process is not None and self._table.silence_s(process, now) > self._config.heartbeat_timeout_s:
+                silence_s = self._table.silence_s(process, now)
+                found.append(Suspect(member.process, f"no heartbeat for {silence_s:.1f} s", process.heard_at))
+        return found
+
+    def behind(self, view: View, published_at: float, now: float) -> list[Suspect]:
+        if self._clock.elapsed(published_at, now) <= self._config.adopt_timeout_s:
+            return []
+        evidence = f"view {view.epoch} not adopted within {self._config.adopt_timeout_s:g} s"
+        return [Suspect(m.process, evidence, published_at) for m in view.members if not self.has_adopted(m, view)]
+
+    def has_adopted(self, member: Member, view: View) -> bool:
+        process = self._table.get(member.process)
+        return process is not None and reports(process, member.incarnation) >= view.epoch
+
+    def stuck(self, view: View, now: float) -> list[Suspect]:
+        """To be called at every tick: it compares with what was seen at the ticks before."""
+        awaited: dict[int, list[int]] = {}
+        for member in view.members:
+            process = self._table.get(member.process)
+            if process is not None and process.beat.epoch == view.epoch:
+                for rank in process.beat.waits_for:
+                    if rank != member.rank:
+                        awaited.setdefault(rank, []).append(member.rank)
+        found = []
+        for member in view.members:
+            process = self._table.get(member.process)
+            if process is None or member.rank not in awaited:
+                self._standstill.pop(member.process, None)
+                continue
+            progress, since = self._standstill.get(member.process, (-1, now))
+            if progress != process.beat.progress:
+                since = now
+                self._standstill[member.process] = (process.beat.progress, now)
+            if self._clock.elapsed(since, now) > self._config.heartbeat_timeout_s:
+                waiters = sorted(awaited[member.rank])
+                found.append(Suspect(member.process, f"no progress while ranks {waiters} wait for it", since))
+        return found
+
+    def restart(self) -> None:
+        """A new view: whatever was awaited belonged to the old one."""
+        self._standstill.clear()

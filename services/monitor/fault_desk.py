@@ -1,0 +1,200 @@
+"""Carries fault events out and proves it (DESIGN 10): an injector that does nothing would make every test pass.
+
+    received --malformed, unknown target, cannot be done--> refused
+    received --> accepted --proof seen--> done
+                          --no proof in time--> failed
+
+Each step is an event of kind ``fault`` on topic ``event``. The same id again does nothing but repeat the last one.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from common.config import ClusterConfig
+from common.fault import Fault, FaultRefused, parse_fault
+from common.ids import ProcessId, Rank
+from common.messages import Signal, SignalDone
+from common.view import ranks
+from services.monitor.actions import Outbox
+from services.monitor.group import Group
+from services.monitor.membership import Membership
+from services.monitor.processes import ProcessTable
+from services.monitor.slots import SlotState, SlotTable
+from services.monitor.ticks import TickClock
+
+_SIGNAL_S = 5.0
+_SIGNAL_AGAIN_S = 1.0
+_NUM_REMEMBERED = 1000
+ID_PREFIX = "fault:"
+
+
+@dataclass(slots=True)
+class _Pending:
+    fault: Fault
+    process: ProcessId
+    pid: int
+    started_at: float
+    deadline_s: float
+    sent_at: float | None = None
+    proof: str = ""  # the agent's word, for signals that leave the process alive
+
+
+class FaultDesk:
+    def __init__(
+        self,
+        config: ClusterConfig,
+        table: ProcessTable,
+        slots: SlotTable,
+        group: Group,
+        membership: Membership,
+        outbox: Outbox,
+        clock: TickClock,
+    ) -> None:
+        self._config, self._table, self._slots = config, table, slots
+        self._group, self._membership, self._outbox, self._clock = group, membership, outbox, clock
+        self._pending: dict[str, _Pending] = {}
+        self._last_event: OrderedDict[str, dict[str, Any]] = OrderedDict()
+
+    def on_fault(self, payload: bytes, now: float) -> None:
+        try:
+            fault = parse_fault(payload)
+            if fault.id in self._last_event:
+                self._outbox.repeat(self._last_event[fault.id])
+                return
+            pending = self._accept(fault, now)
+        except FaultRefused as refusal:
+            self._refuse(refusal, now)
+            return
+        self._pending[fault.id] = pending
+        self._acknowledge(pending, "accepted", "", now)
+        if fault.action == "mask":
+            self._membership.mask(Rank(fault.rank), f"fault event {fault.id}", now)
+        elif fault.action == "unmask":
+            self._membership.unmask(Rank(fault.rank), now)
+        self.advance(now)
+
+    def refuse_all(self, payload: bytes, reason: str, now: float) -> None:
+        """While this monitor cannot act yet. Not remembered: the publisher repeats it, and then it is carried out."""
+        try:
+            fault = parse_fault(payload)
+            fields = {"id": fault.id, "action": fault.action, "target": fault.target}
+        except FaultRefused as refusal:
+            fields = {"id": refusal.id, "action": refusal.action}
+            reason = str(refusal)
+        self._outbox.emit("fault", now, **fields, status="refused", proof="", error=reason, epoch=self._group.epoch)
+
+    def on_signal_done(self, done: SignalDone) -> None:
+        pending = self._pending.get(done.id.removeprefix(ID_PREFIX))
+        if pending is not None and done.id.startswith(ID_PREFIX) and done.ok:
+            pending.proof = f"pid {pending.pid}: {done.proof}"
+
+    def advance(self, now: float) -> None:
+        """After every event and at every tick: looks for proofs, repeats signals, ends what took too long."""
+        for pending in list(self._pending.values()):
+            proof = self._proof(pending)
+            if proof:
+                self._finish(pending, "done", proof, now)
+            elif self._clock.elapsed(pending.started_at, now) > pending.deadline_s:
+                self._finish(pending, "failed", f"no proof within {pending.deadline_s:g} s", now)
+            elif pending.fault.action not in ("mask", "unmask"):
+                self._signal(pending, now)
+
+    # Which process is meant, and whether it can be done.
+
+    def _accept(self, fault: Fault, now: float) -> _Pending:
+        if fault.action == "mask":
+            return self._accept_mask(fault, now)
+        if fault.action == "unmask":
+            return self._accept_unmask(fault, now)
+        process, pid = self._target(fault, now)
+        if self._table.agent_of(process, now) is None:
+            raise self._refusal(fault, f"no agent that could signal {fault.target} is connected")
+        return _Pending(fault, process, pid, now, _SIGNAL_S)
+
+    def _target(self, fault: Fault, now: float) -> tuple[ProcessId, int]:
+        if fault.rank >= 0:
+            slot = self._slot(fault)
+            record = self._table.get(slot.process)
+            if record is None or slot.state is SlotState.FREE:
+                raise self._refusal(fault, f"rank {fault.rank} has no process")
+            return record.id, record.hello.pid
+        record = self._table.by_name(fault.process, now)
+        if record is None:
+            raise self._refusal(fault, f"no live process is called {fault.process!r}")
+        return record.id, record.hello.pid
+
+    def _slot(self, fault: Fault) -> Any:
+        if fault.rank >= len(self._slots.slots):
+            raise self._refusal(fault, f"there are ranks 0..{len(self._slots.slots) - 1}")
+        return self._slots.slots[fault.rank]
+
+    def _accept_mask(self, fault: Fault, now: float) -> _Pending:
+        slot = self._slot(fault)
+        if slot.state not in (SlotState.HELD, SlotState.MASKED):
+            raise self._refusal(fault, f"rank {fault.rank} has no process")
+        if [member.rank for member in self._group.members] == [fault.rank]:
+            raise self._refusal(fault, f"rank {fault.rank} is the only one that serves")
+        return _Pending(fault, slot.process, slot.last_pid, now, 2 * self._config.monitor.adopt_timeout_s)
+
+    def _accept_unmask(self, fault: Fault, now: float) -> _Pending:
+        slot = self._slot(fault)
+        if slot.state not in (SlotState.HELD, SlotState.MASKED):
+            raise self._refusal(fault, f"rank {fault.rank} has no process")
+        return _Pending(fault, slot.process, slot.last_pid, now, self._config.monitor.prepare_timeout_s)
+
+    @staticmethod
+    def _refusal(fault: Fault, reason: str) -> FaultRefused:
+        return FaultRefused(reason, {"id": fault.id, "action": fault.action})
+
+    # Proofs.
+
+    def _proof(self, pending: _Pending) -> str:
+        match pending.fault.action:
+            case "kill" | "term":
+                gone = self._table.gone.get(pending.process)
+                return f"pid {pending.pid} gone: {gone}" if gone else ""
+            case "mask":
+                view = self._group.current
+                if view is None or not self._group.is_adopted or self._group.member(pending.process):
+                    return ""
+                masked = self._slots.slots[pending.fault.rank].state is SlotState.MASKED
+                return f"view {view.epoch} without it, adopted by ranks {list(ranks(view))}" if masked else ""
+            case "unmask":
+                member = self._group.member(pending.process)
+                if member is None or not self._group.is_adopted:
+                    return ""
+                return f"rank {member.rank} serves in view {self._group.epoch}, incarnation {member.incarnation}"
+            case _:
+                return pending.proof
+
+    def _signal(self, pending: _Pending, now: float) -> None:
+        if pending.sent_at is not None and now - pending.sent_at < _SIGNAL_AGAIN_S:
+            return
+        agent = self._table.agent_of(pending.process, now)
+        if agent is not None:
+            pending.sent_at, pending.pid = now, agent[1]
+            name = pending.fault.action.upper()
+            self._outbox.send(agent[0], Signal(ID_PREFIX + pending.fault.id, pending.process, agent[1], name))
+
+    # Acknowledgements.
+
+    def _finish(self, pending: _Pending, status: str, proof: str, now: float) -> None:
+        del self._pending[pending.fault.id]
+        self._acknowledge(pending, status, proof, now)
+
+    def _acknowledge(self, pending: _Pending, status: str, proof: str, now: float) -> None:
+        fault = pending.fault
+        fields = {"id": fault.id, "action": fault.action, "target": fault.target, "status": status, "proof": proof}
+        self._remember(fault.id, self._outbox.emit("fault", now, **fields, pid=pending.pid, epoch=self._group.epoch))
+
+    def _refuse(self, refusal: FaultRefused, now: float) -> None:
+        fields = {"id": refusal.id, "action": refusal.action, "status": "refused", "proof": "", "error": str(refusal)}
+        event = self._outbox.emit("fault", now, **fields, epoch=self._group.epoch)
+        if refusal.id:
+            self._remember(refusal.id, event)
+
+    def _remember(self, identifier: str, event: dict[str, Any]) -> None:
+        self._last_event[identifier] = event
+        if len(self._last_event) > _NUM_REMEMBERED:
+            self._last_event.popitem(last=False)

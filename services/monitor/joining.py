@@ -1,0 +1,227 @@
+"""How processes come into the group: slots for standbys, formation, two-phase joins (PROTOCOL 4; contract of docs).
+
+standby --a slot is free and the group too small--> slot given --> asked to prepare --> in force
+                                                      ^                  |
+                                                      +---- dropped <----+   must first say that it is out
+"""
+
+from common.config import ClusterConfig
+from common.ids import NO_RANK, Epoch, ProcessId
+from common.messages import Member, View
+from common.view import newcomers
+from services.monitor.actions import Outbox
+from services.monitor.fences import Fences
+from services.monitor.group import Group
+from services.monitor.prepared_view import PreparedView
+from services.monitor.processes import Process, ProcessTable
+from services.monitor.slots import Slot, SlotState, SlotTable
+from services.monitor.terms import EpochCounter
+from services.monitor.ticks import TickClock
+
+_WELCOME_AGAIN_S = 0.5
+# A newcomer that had not heard of the dropped view cannot say that it is out of it. Its heartbeats show soon enough
+# that it never went in.
+_NOT_IN_S = 1.0
+
+
+class Joining:
+    def __init__(
+        self,
+        config: ClusterConfig,
+        counter: EpochCounter,
+        table: ProcessTable,
+        slots: SlotTable,
+        group: Group,
+        fences: Fences,
+        outbox: Outbox,
+        clock: TickClock,
+    ) -> None:
+        self._config, self._counter, self._table, self._slots = config, counter, table, slots
+        self._group, self._fences, self._outbox, self._clock = group, fences, outbox, clock
+        self._dropped: dict[ProcessId, tuple[Epoch, float]] = {}  # newcomers that must say they are out of that view
+        self._unmasked: set[ProcessId] = set()
+        self._forming_since: float | None = None
+        self._form_now = False
+        self._complete_since: float | None = None
+        self._overdue: set[ProcessId] = set()
+        self._unheard: set[ProcessId] = set()
+        self._unheard_since = 0.0
+        self.to_welcome: list[ProcessId] = []  # processes whose slot has changed
+
+    def joiners(self) -> list[ProcessId]:
+        """Holders of slots that are not in the current view."""
+        held = self._slots.in_state(SlotState.HELD)
+        return [slot.process for slot in held if self._group.member(slot.process) is None]
+
+    def on_take_over(self, now: float) -> None:
+        """Some vacant slot may still be in the hands of a process that the last monitor removed and that is stopped.
+        So nobody gets one before every decode process that an agent lists has said what it holds."""
+        children = self._table.children.items()
+        self._unheard = {process for process, child in children if child.name.startswith("decode")}
+        self._unheard_since = now
+
+    def on_in_force(self, view: View, now: float) -> None:
+        for process in [member.process for member in view.members]:
+            self._dropped.pop(process, None)
+        self._forming_since, self._form_now, self._complete_since = None, False, None
+
+    def on_dropped(self, prepared: PreparedView, view: View, now: float) -> None:
+        """Newcomers may have been let in by members already: they come back when they say they are out."""
+        for member in newcomers(prepared.view, view):
+            slot = self._slots.of_process(member.process)
+            if slot is not None and slot.state is SlotState.HELD:
+                self._dropped[member.process] = (prepared.view.epoch, now)
+
+    def form_again(self, now: float) -> None:
+        """The formation failed half-way. There is no older view to fall back to: all that are left prepare anew, under
+        a new number, at once; some may be in the failed epoch already and wait there."""
+        self._group.prepared = None
+        self._form_now = True
+
+    def advance(self, now: float) -> None:
+        """After every event: gives slots, starts what can start."""
+        self._give_masked_back(now)
+        self._give_slots(now)
+        self._start_join(now)
+
+    def on_tick(self, now: float) -> None:
+        for process, (epoch, since) in list(self._dropped.items()):
+            record, slot = self._table.get(process), self._slots.of_process(process)
+            if (
+                record is None
+                or slot is None
+                or slot.state is not SlotState.HELD
+                or record.beat.out_of >= epoch
+                or (record.beat.epoch < epoch and self._clock.elapsed(since, now) > _NOT_IN_S)
+            ):
+                del self._dropped[process]
+            elif self._clock.elapsed(since, now) > self._config.monitor.adopt_timeout_s:
+                self._overdue.add(process)
+        self._end_late_join(now)
+        if self._unheard and self._clock.elapsed(self._unheard_since, now) > self._config.monitor.prepare_timeout_s:
+            for process in sorted(self._unheard):
+                self._fences.put_up(process, now)
+
+    def overdue(self, now: float) -> list[ProcessId]:
+        """Those to be removed because they neither came in nor went out."""
+        overdue, self._overdue = sorted(self._overdue), set()
+        return overdue
+
+    def on_heartbeat(self, process: Process, now: float) -> None:
+        """Clears a dropped newcomer at once; repeats a Welcome that was lost."""
+        dropped = self._dropped.get(process.id)
+        if dropped is not None and process.beat.out_of >= dropped[0]:
+            del self._dropped[process.id]
+        slot = self._slots.of_process(process.id)
+        lost = slot is not None and slot.state is SlotState.HELD and process.beat.incarnation != slot.incarnation
+        if lost and now - process.welcomed_at > _WELCOME_AGAIN_S:
+            self.to_welcome.append(process.id)
+
+    def _end_late_join(self, now: float) -> None:
+        prepared = self._group.prepared
+        if prepared is None or self._clock.elapsed(prepared.started_at, now) <= self._config.monitor.prepare_timeout_s:
+            return
+        waiting = set(prepared.waiting)
+        if prepared.base is not None:
+            late = waiting & set(prepared.newcomers)
+        else:
+            late = {process for process in waiting if self._holds_up(prepared, process)}
+        self._outbox.emit("join_failed", now, epoch=prepared.view.epoch, waiting=sorted(waiting), late=sorted(late))
+        if late:
+            self._overdue |= late
+        elif prepared.base is None:
+            self.form_again(now)
+        else:
+            prepared.started_at = now  # all newcomers are in; a member that is not will be void, silent, or removed
+
+    def _holds_up(self, prepared: PreparedView, process: ProcessId) -> bool:
+        """In a formation: others wait for its first header, and it waits for nobody."""
+        ranks = {member.process: member.rank for member in prepared.view.members}
+        record = self._table.get(process)
+        others = [self._table.get(other) for other in ranks if other != process]
+        awaited = any(other is not None and ranks[process] in other.beat.waits_for for other in others)
+        return awaited and (record is None or not record.beat.waits_for)
+
+    # Slots.
+
+    def unmask(self, slot: Slot, now: float) -> None:
+        self._unmasked.add(slot.process)
+        self._give_masked_back(now)
+
+    def _give_masked_back(self, now: float) -> None:
+        for slot in self._slots.in_state(SlotState.MASKED):
+            process = self._table.get(slot.process)
+            if process is not None and slot.process in self._unmasked and slot.left and not process.must_greet:
+                self._unmasked.discard(slot.process)
+                self._give(slot, process, now)
+
+    def _give_slots(self, now: float) -> None:
+        self._unheard = {p for p in self._unheard if p in self._table.children and self._table.get(p) is None}
+        if self._unheard:
+            return
+        for process in self._table.of_kind("decode"):
+            slot = self._slots.lowest_free()
+            if slot is None or self._slots.num_taken >= self._config.decode.num_ranks:
+                return
+            if self._is_standby(process, now):
+                self._give(slot, process, now)
+
+    def _is_standby(self, process: Process, now: float) -> bool:
+        return (
+            self._slots.of_process(process.id) is None
+            and process.hello.rank == NO_RANK
+            and not process.must_greet
+            and self._table.is_live(process, now)
+            and self._fences.may_get_slot(process.id, now)
+        )
+
+    def _give(self, slot: Slot, process: Process, now: float) -> None:
+        self._slots.give(slot.rank, process.id, self._counter.take_incarnation(), process.hello.heap, now)
+        slot.last_pid, slot.last_host = process.hello.pid, process.hello.host
+        fields = {"rank": slot.rank, "incarnation": slot.incarnation, "process": process.id}
+        self._outbox.emit("slot_given", now, epoch=self._group.epoch, **fields)
+        self.to_welcome.append(process.id)
+
+    # Joins.
+
+    def _start_join(self, now: float) -> None:
+        if self._group.prepared is not None:
+            return
+        ready = [process for process in self.joiners() if process not in self._dropped]
+        if self._group.members:
+            if ready and self._group.is_adopted:
+                self._group.prepare(self._members(ready), now)
+            return
+        if not ready:
+            self._forming_since, self._form_now, self._complete_since = None, False, None
+            return
+        if self._may_form(len(ready), now):
+            self._form_now = False
+            self._group.prepare(self._members(ready), now)
+
+    def _may_form(self, num_ready: int, now: float) -> bool:
+        """Desired size, or waited long enough for it; and the planner has had its time."""
+        if self._form_now:
+            return True
+        self._forming_since = now if self._forming_since is None else self._forming_since
+        complete = num_ready >= self._config.decode.num_ranks
+        if not complete and self._clock.elapsed(self._forming_since, now) <= self._config.monitor.formation_s:
+            return False
+        self._complete_since = now if self._complete_since is None else self._complete_since
+        awaits_plan = (
+            self._group.placement is None
+            and self._group.experts.plan is None
+            and any(self._table.is_live(planner, now) for planner in self._table.of_kind("planner"))
+        )
+        waited_s = self._clock.elapsed(self._complete_since, now)
+        return not awaits_plan or waited_s > self._config.monitor.planner_wait_s
+
+    def _members(self, processes: list[ProcessId]) -> list[Member]:
+        members = []
+        for process in processes:
+            slot, record = self._slots.of_process(process), self._table.get(process)
+            assert slot is not None
+            if record is not None:
+                hello = record.hello
+                members.append(Member(slot.rank, slot.incarnation, process, hello.host, hello.endpoint, slot.heap))
+        return members

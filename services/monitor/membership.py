@@ -1,0 +1,288 @@
+"""Who is in the group: evidence in, views out (DESIGN 7; PROTOCOL 3, 4, 5). The one place where that is decided.
+
+    standby --slot given--> joining --prepared view in force--> member --evidence--> removed --gone or left--> slot free
+                               ^                                            |
+                               +--unmasked, left-- masked <--fault event----+
+
+    void round of the current or prepared epoch --> roll call --all answered--> new view, same members
+                                                              --silent-------> new view without them
+
+Invariants:
+* every void of the current epoch ends in a new view;
+* a member is removed only for: known gone, left by itself, lifeline cut, silence (counted in this monitor's on-time
+  ticks), no answer to a roll call, a published view not adopted in time, a broken path, a fault event;
+* who is removed and not known gone is fenced, unless masked, and its slot number waits for that;
+* a removal beats a join: it is computed from the current view, under a new number, and newcomers prepare again.
+
+If you change a rule here, change PROTOCOL's counterpart in docs and the simulation in tests/unit/monitor.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from common.config import ClusterConfig
+from common.ids import Epoch, Incarnation, ProcessId, Rank
+from common.messages import Heartbeat, Member, RollAnswer, RollCall, SlotLeft, View, VoidReport
+from services.monitor.actions import Outbox
+from services.monitor.failure_detector import FailureDetector, Suspect
+from services.monitor.fences import Fences
+from services.monitor.group import Group
+from services.monitor.joining import Joining
+from services.monitor.lifelines import Lifelines
+from services.monitor.processes import ProcessTable
+from services.monitor.roll_call import SEND_AGAIN_S, BrokenPaths, RollCallState
+from services.monitor.slots import Slot, SlotState, SlotTable
+from services.monitor.ticks import TickClock
+
+
+class Fate(Enum):
+    """What becomes of the slot of a removed process."""
+
+    FENCE = "fence"  # still there, as far as is known
+    FREE = "free"  # reaped, or has left by itself
+    MASK = "mask"  # stays alive, keeps its number
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    process: ProcessId
+    evidence: str
+    since: float
+    fate: Fate = Fate.FENCE
+
+
+class Membership:
+    def __init__(
+        self,
+        monitor: ProcessId,
+        config: ClusterConfig,
+        table: ProcessTable,
+        slots: SlotTable,
+        group: Group,
+        joining: Joining,
+        fences: Fences,
+        lifelines: Lifelines,
+        detector: FailureDetector,
+        outbox: Outbox,
+        clock: TickClock,
+    ) -> None:
+        self._monitor, self._config = monitor, config
+        self._table, self._slots, self._group, self._joining = table, slots, group, joining
+        self._fences, self._lifelines, self._detector = fences, lifelines, detector
+        self._outbox, self._clock = outbox, clock
+        self._broken_paths = BrokenPaths()
+        self.roll_call: RollCallState | None = None
+        self.term = 0
+
+    # Words of processes.
+
+    def on_heartbeat(self, beat: Heartbeat, now: float) -> None:
+        if view := self._group.on_report(beat.process, now):
+            self._joining.on_in_force(view, now)
+        if beat.state == "void":
+            self._on_void(beat.process, beat.incarnation, beat.epoch, now)
+
+    def on_void_report(self, report: VoidReport, now: float) -> None:
+        self._on_void(report.process, report.incarnation, report.epoch, now)
+        self._on_answer(report.process, report.incarnation, report.epoch, report.accused, now)
+
+    def on_roll_answer(self, answer: RollAnswer, now: float) -> None:
+        self._on_answer(answer.process, answer.incarnation, answer.epoch, answer.accused, now)
+
+    def on_slot_left(self, left: SlotLeft, now: float) -> None:
+        slot = self._slots.of_process(left.process)
+        if slot is not None and slot.incarnation == left.incarnation:
+            self.on_left(slot, now)
+
+    def on_left(self, slot: Slot, now: float) -> None:
+        """The holder says so itself: stream drained, number given back."""
+        if record := self._table.get(slot.process):
+            record.must_greet = True
+        if slot.state is SlotState.MASKED:
+            slot.left = True
+        elif slot.state is SlotState.FENCING:
+            self._fences.on_left(slot.process)
+            self._slots.free(slot, now, "left")
+        elif slot.state is SlotState.HELD:
+            self.remove([Removal(slot.process, "left its slot", now, Fate.FREE)], now)
+
+    def on_gone(self, process: ProcessId, proof: str, now: float) -> None:
+        """Reaped by its agent. No roll call is needed for that."""
+        self._fences.on_gone(process)
+        slot = self._slots.of_process(process)
+        if slot is None:
+            return
+        if slot.state is SlotState.HELD:
+            self.remove([Removal(process, proof, now, Fate.FREE)], now)
+        else:
+            self._slots.free(slot, now, proof)
+
+    # Time.
+
+    def on_tick(self, now: float) -> None:
+        self._fences.on_tick(now)
+        self._remove_suspects(now)
+        self._advance_roll_call(now)
+        if self.roll_call is None and (view := self._group.current):
+            for suspect in self._detector.stuck(view, now)[:1]:
+                self._call_roll(view.epoch, f"{self._name(suspect.process)}: {suspect.evidence}", now)
+        self._joining.on_tick(now)
+        for process in self._joining.overdue(now):
+            self.remove([Removal(process, "did not get ready in time", now)], now)
+        self._group.on_tick(now)
+
+    def _remove_suspects(self, now: float) -> None:
+        removals = []
+        for slot in self._slots.in_state(SlotState.HELD):
+            closed_at = self._lifelines.closed_at(slot.process)
+            if closed_at is not None and self._lifelines.is_cut(slot.process, now):
+                removals.append(Removal(slot.process, "lifeline closed", closed_at))
+        if view := self._group.current:
+            suspects = self._detector.silent(view, now)
+            suspects += [] if self._group.is_adopted else self._detector.behind(view, self._group.published_at, now)
+            removals += [Removal(suspect.process, suspect.evidence, suspect.since) for suspect in suspects]
+        removals += [Removal(s.process, s.evidence, s.since) for s in self._silent_joiners(now)]
+        self.remove(removals, now)
+
+    def _silent_joiners(self, now: float) -> list[Suspect]:
+        """A process that warms up is no member and may be slow, but not silent for thrice the time."""
+        limit_s = 3 * self._config.monitor.heartbeat_timeout_s
+        found = []
+        for process in self._joining.joiners():
+            record = self._table.get(process)
+            if record is not None and self._table.silence_s(record, now) > limit_s:
+                found.append(Suspect(process, f"no heartbeat for {limit_s:g} s while joining", record.heard_at))
+        return found
+
+    # Verdicts.
+
+    def remove(self, removals: list[Removal], now: float) -> None:
+        """Puts processes out of the group, or out of the join. One view for all of them."""
+        first: dict[ProcessId, Removal] = {}
+        for removal in removals:
+            first.setdefault(removal.process, removal)
+        told = []
+        for removal in first.values():
+            slot = self._slots.of_process(removal.process)
+            if slot is None or slot.state is not SlotState.HELD:
+                continue
+            told.append(self._record_removal(slot, removal, now))
+            if removal.fate is Fate.FENCE:
+                self._slots.fence(slot, now, removal.evidence)
+                self._fences.put_up(removal.process, now)
+            elif removal.fate is Fate.MASK:
+                self._slots.mask(slot, now, removal.evidence)
+            else:
+                self._slots.free(slot, now, removal.evidence)
+        if told:
+            self._publish_without(set(first), told, now)
+
+    def _record_removal(self, slot: Slot, removal: Removal, now: float) -> dict[str, object]:
+        fields = {
+            "rank": slot.rank,
+            "incarnation": slot.incarnation,
+            "process": slot.process,
+            "evidence": removal.evidence,
+            "since": self._outbox.events.wall(removal.since),
+        }
+        if record := self._table.get(slot.process):
+            slot.last_pid, slot.last_host = record.hello.pid, record.hello.host
+        self._outbox.emit("masked" if removal.fate is Fate.MASK else "removed", now, epoch=self._group.epoch, **fields)
+        return fields
+
+    def _publish_without(self, processes: set[ProcessId], told: list[dict[str, object]], now: float) -> None:
+        members = [member for member in self._group.members if member.process not in processes]
+        prepared = self._group.prepared
+        touched = len(members) < len(self._group.members)
+        if touched or (prepared and prepared.base and any(m.process in processes for m in prepared.view.members)):
+            reason = "; ".join(f"without rank {fields['rank']}: {fields['evidence']}" for fields in told)
+            self._publish(members, reason, now, evidence=told)
+        elif prepared and any(process in processes for process in prepared.newcomers):
+            self._joining.form_again(now)
+
+    def _publish(self, members: list[Member], reason: str, now: float, **evidence: object) -> None:
+        prepared = self._group.prepared
+        self.roll_call = None
+        view = self._group.publish(members, reason, now, **evidence)
+        if prepared is not None:
+            self._joining.on_dropped(prepared, view, now)
+
+    def publish_same_members(self, reason: str, now: float) -> None:
+        self._publish(list(self._group.members), reason, now)
+
+    # Void rounds and roll calls.
+
+    def _on_void(self, process: ProcessId, incarnation: Incarnation, epoch: Epoch, now: float) -> None:
+        """Also of the prepared epoch: who is in it already has left the current one."""
+        prepared = self._group.prepared
+        if (
+            prepared is not None
+            and epoch == prepared.view.epoch
+            and self._is_member(prepared.view, process, incarnation)
+        ):
+            if prepared.base is None:
+                self._joining.form_again(now)  # nobody to call: the first view has not come into force
+                return
+        elif not (
+            self._group.current
+            and epoch == self._group.epoch
+            and self._is_member(self._group.current, process, incarnation)
+        ):
+            return
+        if self.roll_call is None:
+            self._call_roll(epoch, f"{self._name(process)}: void round", now)
+
+    @staticmethod
+    def _is_member(view: View, process: ProcessId, incarnation: Incarnation) -> bool:
+        return any(member.process == process and member.incarnation == incarnation for member in view.members)
+
+    def _call_roll(self, epoch: Epoch, cause: str, now: float) -> None:
+        members = tuple(member.process for member in self._group.members)
+        self.roll_call = RollCallState(epoch, cause, members, now, now)
+        self._outbox.emit("roll_call", now, epoch=epoch, cause=cause, ranks=[m.rank for m in self._group.members])
+        self._send_roll_call(self.roll_call)
+
+    def _send_roll_call(self, roll_call: RollCallState) -> None:
+        for process in roll_call.silent:
+            self._outbox.send(process, RollCall(self._monitor, self.term, roll_call.epoch))
+
+    def _on_answer(
+        self, process: ProcessId, incarnation: Incarnation, epoch: Epoch, accused: tuple[int, ...], now: float
+    ) -> None:
+        """Answers tell the epoch that the answerer is in: the current one, or a prepared one that it entered since."""
+        roll_call, member = self.roll_call, self._group.member(process)
+        if roll_call is None or member is None or member.incarnation != incarnation or epoch < self._group.epoch:
+            return
+        roll_call.answers[process] = accused
+        if roll_call.silent:
+            return
+        assert self._group.current is not None
+        broken = self._broken_paths.on_all_answered(roll_call, self._group.current, now)
+        if broken is not None:
+            self.remove([Removal(broken, "the path to it is broken", roll_call.started_at)], now)
+        else:
+            self.publish_same_members(f"void round, all answered ({roll_call.cause})", now)
+
+    def _advance_roll_call(self, now: float) -> None:
+        roll_call = self.roll_call
+        if roll_call is None:
+            return
+        if self._clock.elapsed(roll_call.started_at, now) > self._config.monitor.roll_call_s:
+            evidence = f"no answer to the roll call of epoch {roll_call.epoch}"
+            self.remove([Removal(process, evidence, roll_call.started_at) for process in roll_call.silent], now)
+        elif now - roll_call.sent_at >= SEND_AGAIN_S:
+            roll_call.sent_at = now
+            self._send_roll_call(roll_call)
+
+    def _name(self, process: ProcessId) -> str:
+        member = self._group.member(process)
+        return f"rank {member.rank}" if member else str(process)
+
+    # Fault events.
+
+    def mask(self, rank: Rank, cause: str, now: float) -> None:
+        slot = self._slots.slots[rank]
+        self.remove([Removal(slot.process, cause, now, Fate.MASK)], now)
+
+    def unmask(self, rank: Rank, now: float) -> None:
+        self._joining.unmask(self._slots.slots[rank], now)

@@ -1,0 +1,65 @@
+"""Who of an epoch is still able to go on: asked of every member when a round was void (PROTOCOL 3.2).
+
+    void reported --RollCall to all, repeated--> CALLING --all have answered--> new view, same members
+                                                 CALLING --roll_call_s--> new view without the silent
+
+Guilty is only who does not answer in time; a live heartbeat beside a stuck stream is silence too. What members accuse
+each other of decides nothing, with one exception: the same pair, roll call after roll call, while both answer. Then the
+path between them is broken, which no new view mends, and the one that stands in more such pairs goes.
+"""
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+from common.ids import Epoch, ProcessId
+from common.messages import View
+
+SEND_AGAIN_S = 0.5
+# Two ranks may miss each other's deadline twice in a row on a busy machine. Thrice within a minute is no accident.
+_NUM_REPEATS = 3
+_REPEATS_WITHIN_S = 60.0
+
+Pair = frozenset[ProcessId]
+
+
+@dataclass(slots=True)
+class RollCallState:
+    """Answers say which ranks the answerer had been missing."""
+
+    epoch: Epoch
+    cause: str
+    members: tuple[ProcessId, ...]
+    started_at: float
+    sent_at: float
+    answers: dict[ProcessId, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def silent(self) -> tuple[ProcessId, ...]:
+        return tuple(process for process in self.members if process not in self.answers)
+
+
+class BrokenPaths:
+    """Remembers the accusations of the last roll calls that all members answered."""
+
+    def __init__(self) -> None:
+        self._history: deque[tuple[float, frozenset[Pair]]] = deque(maxlen=_NUM_REPEATS)
+
+    def on_all_answered(self, roll_call: RollCallState, view: View, now: float) -> ProcessId | None:
+        """The member to remove because of a broken path, or None."""
+        process_of: dict[int, ProcessId] = {member.rank: member.process for member in view.members}
+        pairs = {
+            frozenset((accuser, process_of[rank]))
+            for accuser, accused in roll_call.answers.items()
+            for rank in accused
+            if rank in process_of and process_of[rank] != accuser
+        }
+        self._history.append((now, frozenset(pairs)))
+        if len(self._history) < _NUM_REPEATS or now - self._history[0][0] > _REPEATS_WITHIN_S:
+            return None
+        repeated = frozenset.intersection(*(pairs for _, pairs in self._history))
+        if not repeated:
+            return None
+        self._history.clear()
+        in_pairs = Counter(process for pair in repeated for process in pair)
+        accused = Counter(process_of[rank] for ranks in roll_call.answers.values() for rank in ranks)
+        return max(in_pairs, key=lambda process: (in_pairs[process], accused[process], process))

@@ -1,0 +1,106 @@
+"""Who holds which slot number, also after the process was put out of the group.
+
+    FREE --given to a process--> HELD --process known gone, or left--> FREE
+                                 HELD --removed, not known gone--> FENCING --gone, or left--> FREE
+                                 HELD --masked--> MASKED --unmasked and left--> HELD
+                                                  MASKED --gone--> FREE
+
+Invariant: a number is given out only when FREE, and it is FREE only when its last holder has been reaped or has itself
+said that it left, with its stream drained (PROTOCOL 5.2): kernels may outlive sockets, and a store of the old holder
+lands in the region of the new one. Likewise no process holds two numbers.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from common.ids import Incarnation, ProcessId, Rank
+from common.state_machine import StateMachine, transition_table
+
+_NOBODY, _NO_INCARNATION = ProcessId(""), Incarnation(0)
+
+
+class SlotState(Enum):
+    FREE = "free"
+    HELD = "held"
+    FENCING = "fencing"
+    MASKED = "masked"
+
+
+MOVES = transition_table(
+    {
+        SlotState.FREE: {SlotState.HELD, SlotState.FENCING, SlotState.MASKED},  # the latter two after a take-over
+        SlotState.HELD: {SlotState.FREE, SlotState.FENCING, SlotState.MASKED},
+        SlotState.FENCING: {SlotState.FREE},
+        SlotState.MASKED: {SlotState.FREE, SlotState.HELD},
+    }
+)
+
+
+@dataclass(slots=True)
+class Slot:
+    """``last_*`` describe the last holder for people, also when the slot is free."""
+
+    rank: Rank
+    machine: StateMachine[SlotState]
+    process: ProcessId = _NOBODY
+    incarnation: Incarnation = _NO_INCARNATION
+    heap: str = ""
+    left: bool = False  # MASKED: the process has drained its stream and waits as a standby
+    last_incarnation: Incarnation = _NO_INCARNATION
+    last_pid: int = 0
+    last_host: str = ""
+
+    @property
+    def state(self) -> SlotState:
+        return self.machine.state
+
+
+@dataclass(slots=True)
+class SlotTable:
+    slots: list[Slot] = field(default_factory=list)
+
+    @classmethod
+    def of_size(cls, max_ranks: int, now: float) -> "SlotTable":
+        return cls([Slot(Rank(r), StateMachine(f"slot {r}", MOVES, SlotState.FREE, now)) for r in range(max_ranks)])
+
+    def give(
+        self,
+        rank: Rank,
+        process: ProcessId,
+        incarnation: Incarnation,
+        heap: str,
+        now: float,
+        state: SlotState = SlotState.HELD,
+    ) -> Slot:
+        """``state``: after a take-over slots are found fenced or masked."""
+        holder = self.of_process(process)
+        slot = self.slots[rank]
+        assert holder is None or holder is slot, f"{process} holds slot {holder and holder.rank} already"
+        slot.machine.move(state, now, f"{process} incarnation {incarnation}")
+        slot.process, slot.incarnation, slot.heap, slot.left = process, incarnation, heap, False
+        slot.last_incarnation = incarnation
+        return slot
+
+    def fence(self, slot: Slot, now: float, cause: str) -> None:
+        slot.machine.move(SlotState.FENCING, now, cause)
+
+    def mask(self, slot: Slot, now: float, cause: str) -> None:
+        slot.machine.move(SlotState.MASKED, now, cause)
+
+    def free(self, slot: Slot, now: float, cause: str) -> None:
+        slot.machine.move(SlotState.FREE, now, cause)
+        slot.process, slot.left = _NOBODY, False
+
+    def of_process(self, process: ProcessId) -> Slot | None:
+        return next((slot for slot in self.slots if slot.process == process), None)
+
+    def in_state(self, state: SlotState) -> list[Slot]:
+        return [slot for slot in self.slots if slot.state is state]
+
+    def lowest_free(self) -> Slot | None:
+        return next(iter(self.in_state(SlotState.FREE)), None)
+
+    @property
+    def num_taken(self) -> int:
+        """Slots that count towards the desired size of the group."""
+        return len(self.in_state(SlotState.HELD)) + len(self.in_state(SlotState.MASKED))
