@@ -32,7 +32,7 @@ from common.service_runner import OperatorError
 from common.transport import Link
 
 _HELLO_AGAIN_S = 0.5
-_RECONNECT_S = 0.1
+_RECONNECT_S = 0.02  # shorter than the suspicion that a closed lifeline raises
 
 log = logging.getLogger("regrow.monitor_client")
 
