@@ -44,8 +44,8 @@ class HeaderRound:
 class ElasticGroup(EpochState):
     """One rank's end of the group: its heap, the peers' heaps as mapped here, the epoch it is in.
 
-    ``deadline_s`` bounds the waits of dispatch and combine; the wait for headers is patient. ``clock`` (seconds) and
-    ``pause`` (called with the number of polls so far) are for tests.
+    ``deadline_s`` bounds the waits of dispatch and combine (a tenth longer when several ranks are late); the wait for
+    headers is patient. ``clock`` (seconds) and ``pause`` (called with the number of polls so far) are for tests.
     """
 
     def __init__(

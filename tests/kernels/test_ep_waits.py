@@ -62,6 +62,35 @@ def test_the_deadline_accuses_the_late_only_and_poison_accuses_nobody(
         assert observed(second) == [0, 0, 0, 0]
 
 
+def test_who_waits_for_the_dead_is_not_accused_by_those_ahead(heap_dir: Path) -> None:
+    """Rank 2 died between two of its dispatch words: rank 1 lacks it, rank 0 does not and is one operation ahead. Both
+    deadlines pass in the same moment; rank 1, which misses one rank only, speaks first."""
+    with local_group(heap_dir, 3, deadline_s=5.0, manual=[0, 1]) as cluster:
+        cluster.enter(1, MEMBERS)
+        ahead, behind = cluster.ranks[:2]
+        began = cluster.clocks[0].now
+        heap_of(cluster, 0).dispatch_word[1] = heap_of(cluster, 0).dispatch_word[2] = ahead.step + 1
+
+        def behind_gives_up(num_polls: int) -> None:
+            if cluster.clocks[0].now - began >= 5.2 and behind.status == CLEAN:
+                assert layer(behind) is None
+
+        cluster.clocks[0].on_poll = behind_gives_up
+        assert layer(ahead) is None
+        assert (ahead.void_reason, observed(ahead)) == (VoidReason.PEER_POISON, [0, 0, 0, 0])
+        assert ahead.missing == (1, 2)
+        assert (behind.void_reason, observed(behind)) == (VoidReason.DEADLINE, [0, 0, 1, 0])
+
+
+def test_several_dead_ranks_are_all_accused_a_little_later(heap_dir: Path) -> None:
+    with local_group(heap_dir, 3, deadline_s=5.0, manual=[0]) as cluster:
+        cluster.enter(1, MEMBERS)
+        began = cluster.clocks[0].now
+        assert layer(cluster.ranks[0]) is None
+        assert 5.5 <= cluster.clocks[0].now - began < 5.6
+        assert observed(cluster.ranks[0]) == [0, 1, 1, 0]
+
+
 def test_a_word_that_arrives_before_the_deadline_is_waited_for_and_timed(heap_dir: Path) -> None:
     with local_group(heap_dir, 3, deadline_s=5.0, manual=[0]) as cluster:
         cluster.enter(1, MEMBERS)
