@@ -8,7 +8,9 @@ import zmq
 
 context = zmq.Context()
 publisher, subscriber = context.socket(zmq.PUB), context.socket(zmq.SUB)
-publisher.connect(sys.argv[1]), subscriber.connect(sys.argv[2]), subscriber.subscribe("event")
+publisher.connect(sys.argv[1])
+subscriber.connect(sys.argv[2])
+subscriber.subscribe("event")
 fault = {"type": "fault", "id": os.urandom(4).hex(), "action": sys.argv[3], "rank": int(sys.argv[4])}
 status = ""
 while status not in ("done", "failed", "refused"):
