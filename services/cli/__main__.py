@@ -1,0 +1,149 @@
+"""``regrow``: the commands and their options. Each command's work is in a file of its own, imported when it runs."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.config import EMBEDDED_MODEL
+from common.process_args import DEFAULT_HEAP_DIR
+
+app = typer.Typer(
+    help="Serve Mixture-of-Experts models; ranks may die and come back, streams go on.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RunDir = Annotated[Path, typer.Option(help="Directory of the cluster.")]
+Url = Annotated[str, typer.Option(help="Address of the router; empty: that of the cluster in the run directory.")]
+Publish = Annotated[str, typer.Option(metavar="HOST:PORT", help="Bus address for publishers, in place of --run-dir.")]
+Subscribe = Annotated[str, typer.Option(metavar="HOST:PORT", help="Bus address for subscribers, likewise.")]
+_RUN_DIR = Path(".regrow")
+
+
+@app.command()
+def up(
+    decode_ranks: Annotated[int | None, typer.Option(help="Size of the expert-parallel group.")] = None,
+    prefill_workers: Annotated[int | None, typer.Option(help="Number of prefill workers.")] = None,
+    port: Annotated[int, typer.Option(help="HTTP port of the router.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address under which the processes reach each other.")] = "127.0.0.1",
+    run_dir: RunDir = _RUN_DIR,
+    config: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="See common/config.py.")] = None,
+    model: Annotated[Path | None, typer.Option(metavar="DIR", help="Hugging Face directory.")] = None,
+) -> None:
+    """Start a cluster on this machine; Ctrl-C stops it."""
+    from services.cli.up import UpOptions
+    from services.cli.up import up as run_up
+
+    raise typer.Exit(run_up(UpOptions(decode_ranks, prefill_workers, port, host, run_dir, config, model)))
+
+
+@app.command()
+def agent(
+    role: Annotated[str, typer.Option(help="monitor, router, prefill, decode or planner.")],
+    monitor_address: Annotated[str, typer.Option(metavar="HOST:PORT")],
+    host: Annotated[str, typer.Option(help="Name of this container for others; empty: its address.")] = "",
+    config: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="For the monitor.")] = None,
+    heap_dir: Annotated[Path, typer.Option(help="A tmpfs that all decode ranks share.")] = DEFAULT_HEAP_DIR,
+    port: Annotated[int, typer.Option(help="HTTP port of a router.")] = 8000,
+) -> None:
+    """Run one process of a cluster, as the first process of a container."""
+    from services.cli.container_agent import ContainerOptions, run_agent
+
+    run_agent(ContainerOptions(role, monitor_address, host, config, heap_dir, port))
+
+
+@app.command()
+def fault(
+    action: Annotated[str, typer.Argument(help="kill, mask, unmask, stop, cont, ...")],
+    rank: Annotated[int | None, typer.Option(help="The decode rank that is meant.")] = None,
+    process: Annotated[str | None, typer.Option(metavar="NAME", help="Or a process, as prefill-0.")] = None,
+    run_dir: RunDir = _RUN_DIR,
+    publish: Publish = "",
+    subscribe: Subscribe = "",
+) -> None:
+    """Inject a fault over the bus; exits 0 only with proof that it took effect."""
+    from services.cli.fault import fault as run_fault
+    from services.cli.run_directory import bus_address
+
+    raise typer.Exit(run_fault(bus_address(run_dir, publish, subscribe), action, rank, process))
+
+
+@app.command()
+def status(
+    url: Url = "", run_dir: RunDir = _RUN_DIR, json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False
+) -> None:
+    """Show ranks and processes."""
+    from services.cli.cluster_state import show_status
+
+    raise typer.Exit(show_status(_url(url, run_dir), json))
+
+
+@app.command()
+def events(
+    follow: Annotated[bool, typer.Option("--follow", help="Go on with what happens, from the bus.")] = False,
+    url: Url = "",
+    run_dir: RunDir = _RUN_DIR,
+    publish: Publish = "",
+    subscribe: Subscribe = "",
+) -> None:
+    """Show the last events, or every one from now on."""
+    from services.cli.cluster_state import follow_events, show_events
+    from services.cli.run_directory import bus_address
+
+    if follow:
+        raise typer.Exit(follow_events(bus_address(run_dir, publish, subscribe)))
+    raise typer.Exit(show_events(_url(url, run_dir)))
+
+
+@app.command("eval")
+def evaluate(
+    url: Url = "",
+    run_dir: RunDir = _RUN_DIR,
+    count: Annotated[int, typer.Option(min=1, help="Problems of each kind.")] = 1000,
+    kinds: Annotated[list[str] | None, typer.Option("--kinds", help="Kind of task; may be repeated.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests side by side.")] = 16,
+    seed: Annotated[int, typer.Option(help="Which problems.")] = 0,
+    threshold: Annotated[float, typer.Option(help="Least share of right answers.")] = 0.98,
+    output: Annotated[Path | None, typer.Option(metavar="FILE.json", help="All answers.")] = None,
+) -> None:
+    """Measure exact-match accuracy of the embedded model on unseen problems."""
+    from services.cli.evaluate import EvalOptions
+    from services.cli.evaluate import evaluate as run_eval
+
+    named = tuple(kind for entry in kinds or () for kind in entry.split(","))
+    raise typer.Exit(run_eval(EvalOptions(_url(url, run_dir), count, named, concurrency, seed, threshold, output)))
+
+
+@app.command()
+def demo(
+    decode_ranks: Annotated[int, typer.Option(min=2, help="Size of the group.")] = 4,
+    streams: Annotated[int, typer.Option(min=1, help="Requests side by side.")] = 16,
+    model: Annotated[Path, typer.Option(metavar="DIR", help="Hugging Face directory.")] = EMBEDDED_MODEL,
+) -> None:
+    """Kill a rank under sixteen streams, and compare every token with those of a run without the fault."""
+    from services.cli.demo import DemoOptions
+    from services.cli.demo import demo as run_demo
+
+    raise typer.Exit(run_demo(DemoOptions(decode_ranks, streams, model)))
+
+
+def _url(url: str, run_dir: Path) -> str:
+    from services.cli.run_directory import read_description
+
+    return (url or read_description(run_dir).http).rstrip("/")
+
+
+def main() -> None:
+    """Exit codes: 0 as asked, 1 it failed while running, 2 somebody must change something first."""
+    try:
+        app()
+    except ValueError as error:
+        print(f"regrow: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

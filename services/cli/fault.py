@@ -1,0 +1,78 @@
+"""``regrow fault``: publishes one fault event until the monitor says how it ended, and shows the proof."""
+
+import secrets
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import zmq
+
+from common.fault import parse_fault
+from common.monitor_address import MonitorAddress
+
+_REPEAT_S = 0.1
+_FINAL = ("done", "failed", "refused")
+DEADLINE_S = 45.0
+
+
+def fault_event(action: str, rank: int | None, process: str | None) -> dict[str, object]:
+    """A fresh event; raises ValueError (`common.fault.FaultRefused`) on one that the monitor would not take."""
+    target: dict[str, object] = {"rank": rank} if rank is not None else {}
+    if process is not None:
+        target["process"] = process
+    event: dict[str, object] = {"type": "fault", "id": f"cli-{secrets.token_hex(8)}", "action": action, **target}
+    parse_fault(msgspec.msgpack.encode(event))
+    return event
+
+
+def inject(address: MonitorAddress, event: Mapping[str, object], deadline_s: float = DEADLINE_S) -> dict[str, Any]:
+    """Publishes ``event`` over and over, since a fresh publisher loses its first messages and repeats are harmless.
+
+    Returns the acknowledgement with a final status; raises TimeoutError when there is none in time.
+    """
+    deadline = time.monotonic() + deadline_s
+    payload = msgspec.msgpack.encode(event)
+    with zmq.Context() as context, context.socket(zmq.PUB) as publisher, context.socket(zmq.SUB) as subscriber:
+        publisher.linger = subscriber.linger = 0
+        subscriber.subscribe(b"event")
+        subscriber.connect(address.subscribe)
+        publisher.connect(address.publish)
+        while time.monotonic() < deadline:
+            publisher.send_multipart([b"fault", payload])
+            repeat_at = time.monotonic() + _REPEAT_S
+            while (left_s := repeat_at - time.monotonic()) > 0:
+                if not subscriber.poll(int(left_s * 1000) + 1):
+                    break
+                answer = _answer(subscriber.recv_multipart(), event["id"])
+                if answer is not None:
+                    return answer
+    raise TimeoutError(f"no acknowledgement from the bus at {address.subscribe} within {deadline_s:.0f} s")
+
+
+def _answer(frames: list[bytes], identifier: object) -> dict[str, Any] | None:
+    """The event when it says how the fault with this id ended."""
+    try:
+        event = msgspec.msgpack.decode(frames[-1])
+    except msgspec.DecodeError:
+        return None
+    is_final = (
+        isinstance(event, dict)
+        and event.get("kind") == "fault"
+        and event.get("id") == identifier
+        and event.get("status") in _FINAL
+    )
+    return event if is_final else None
+
+
+def fault(address: MonitorAddress, action: str, rank: int | None, process: str | None) -> int:
+    """Returns the exit code: 0 only with proof that it took effect."""
+    event = fault_event(action, rank, process)
+    target = f"rank {rank}" if rank is not None else process
+    try:
+        answer = inject(address, event)
+    except TimeoutError as error:
+        print(f"{action} {target}: {error}")
+        return 1
+    print(f"{action} {target}: {answer['status']}: {answer.get('proof', '')}")
+    return 0 if answer["status"] == "done" else 1

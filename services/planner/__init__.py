@@ -1,0 +1,1 @@
+"""Knows the load of every expert, and where experts should lie."""
