@@ -102,6 +102,8 @@ class Cluster:
             self.process.kill()
             self.process.wait(timeout=10)
             raise AssertionError(f"regrow up did not stop within 30 s of {number.name}\n{self.logs()}") from None
+        assert self.process.stdout is not None
+        self.process.stdout.close()
         left = [pid for pid in pids if Path(f"/proc/{pid}").exists()]
         assert not left, f"processes left behind: {left}\n{self.logs()}"
         return self.process.returncode
