@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import zmq
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -48,9 +49,10 @@ def show_status(url: str, as_json: bool) -> int:
 
 
 def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> Table:
-    table = Table()
+    table = Table(box=box.SIMPLE)
     for column in columns:
-        table.add_column(column.replace("_", " "), justify="left" if column in ("state", "host", "name") else "right")
+        is_text = column in ("state", "host", "name")
+        table.add_column(column.replace("_", " "), justify="left" if is_text else "right", no_wrap=True)
     for row in rows:
         cells = {column: str(row.get(column, "")) for column in columns}
         cells["state"] = f"[{_STYLES.get(cells['state'], 'red')}]{cells['state']}[/]"

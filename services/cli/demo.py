@@ -29,7 +29,7 @@ from common.messages import View
 from common.monitor_address import MonitorAddress
 from services.cli.chat_client import Stream, model_name, new_session, run_streams
 from services.cli.cluster_state import fetch_cluster
-from services.cli.fault import fault_event, inject
+from services.cli.fault import FaultClient, fault_event, proof_of
 from services.cli.run_directory import RunDirectory, read_description
 from services.cli.up import agent_environment
 
@@ -128,8 +128,9 @@ async def _show(options: DemoOptions, url: str, run_dir: Path) -> int:
         raise DemoFailed(f"a request failed without any fault: {failed[0]}")
     actual = [Stream(body) for body in bodies]
     _say("the same requests again, and a kill in the middle")
-    async with _watch(MonitorAddress.parse(read_description(run_dir).monitor_address)) as views:
-        show = _Show(url, run_dir, expected, actual, views)
+    address = MonitorAddress.parse(read_description(run_dir).monitor_address)
+    async with _watch(address) as views:
+        show = _Show(url, FaultClient(address), expected, actual, views)
         async with asyncio.TaskGroup() as group:
             group.create_task(run_streams(url, actual, len(bodies), _STREAMS_S))
             group.create_task(show.progress())
@@ -182,12 +183,12 @@ class _Show:
     def __init__(
         self,
         url: str,
-        run_dir: Path,
+        bus: FaultClient,
         expected: Sequence[Stream],
         actual: Sequence[Stream],
         views: list[tuple[float, View]],
     ) -> None:
-        self._url, self._run_dir, self._expected, self._actual, self._views = url, run_dir, expected, actual, views
+        self._url, self._bus, self._expected, self._actual, self._views = url, bus, expected, actual, views
         self._killed_at = 0.0
         self._num_on_victim = 0
         self._removed_s = self._back_s = 0.0
@@ -204,7 +205,8 @@ class _Show:
 
     async def kill_and_watch(self) -> None:
         try:
-            await self._kill_and_watch()
+            with self._bus:
+                await self._kill_and_watch()
         finally:
             self._is_done = True
 
@@ -215,10 +217,9 @@ class _Show:
         rank, incarnation, self._num_on_victim = victim["rank"], victim["incarnation"], int(victim["running"])
         _say(f"kills rank {rank} (pid {victim['pid']}), which serves {self._num_on_victim} of the streams")
         self._killed_at = time.monotonic()
-        address = MonitorAddress.parse(read_description(self._run_dir).monitor_address)
-        answer = await asyncio.to_thread(inject, address, fault_event("kill", rank, None))
+        answer = await asyncio.to_thread(self._bus.inject, fault_event("kill", rank, None))
         if answer["status"] != "done":
-            raise DemoFailed(f"the kill did not take effect: {answer.get('proof', '')}")
+            raise DemoFailed(f"the kill did not take effect: {proof_of(answer)}")
 
         def seen(is_it: Callable[[View], bool]) -> float | None:
             return next((at for at, view in self._views if at > self._killed_at and is_it(view)), None)
@@ -231,7 +232,7 @@ class _Show:
 
         await _until(lambda: seen(is_removed) is not None, 30.0, f"rank {rank} stayed in the view")
         self._removed_s = (seen(is_removed) or 0.0) - self._killed_at
-        _say(f"rank {rank} is out of the view after {_ms(self._removed_s)}; proof: {answer.get('proof', '')}")
+        _say(f"rank {rank} is out of the view after {_ms(self._removed_s)}; proof: {proof_of(answer)}")
         await _until(lambda: seen(is_back) is not None, _REJOIN_S, f"rank {rank} did not come back")
         self._back_s = (seen(is_back) or 0.0) - self._killed_at
         _say(f"rank {rank} serves again after {self._back_s:.1f} s")

@@ -26,28 +26,36 @@ def fault_event(action: str, rank: int | None, process: str | None) -> dict[str,
     return event
 
 
-def inject(address: MonitorAddress, event: Mapping[str, object], deadline_s: float = DEADLINE_S) -> dict[str, Any]:
-    """Publishes ``event`` over and over, since a fresh publisher loses its first messages and repeats are harmless.
+class FaultClient:
+    """A connection to the bus. The longer it exists before the first fault, the surer that the first message counts."""
 
-    Returns the acknowledgement with a final status; raises TimeoutError when there is none in time.
-    """
-    deadline = time.monotonic() + deadline_s
-    payload = msgspec.msgpack.encode(event)
-    with zmq.Context() as context, context.socket(zmq.PUB) as publisher, context.socket(zmq.SUB) as subscriber:
-        publisher.linger = subscriber.linger = 0
-        subscriber.subscribe(b"event")
-        subscriber.connect(address.subscribe)
-        publisher.connect(address.publish)
+    def __init__(self, address: MonitorAddress) -> None:
+        self._address, self._context = address, zmq.Context()
+        self._publisher, self._subscriber = self._context.socket(zmq.PUB), self._context.socket(zmq.SUB)
+        self._subscriber.subscribe(b"event")
+        self._subscriber.connect(address.subscribe)
+        self._publisher.connect(address.publish)
+
+    def __enter__(self) -> "FaultClient":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._context.destroy(linger=0)
+
+    def inject(self, event: Mapping[str, object], deadline_s: float = DEADLINE_S) -> dict[str, Any]:
+        """Publishes ``event`` over and over: a fresh publisher loses its first messages, and repeats are harmless.
+
+        Returns the acknowledgement with a final status; raises TimeoutError when there is none in time.
+        """
+        deadline, payload = time.monotonic() + deadline_s, msgspec.msgpack.encode(event)
         while time.monotonic() < deadline:
-            publisher.send_multipart([b"fault", payload])
+            self._publisher.send_multipart([b"fault", payload])
             repeat_at = time.monotonic() + _REPEAT_S
-            while (left_s := repeat_at - time.monotonic()) > 0:
-                if not subscriber.poll(int(left_s * 1000) + 1):
-                    break
-                answer = _answer(subscriber.recv_multipart(), event["id"])
+            while (left_s := repeat_at - time.monotonic()) > 0 and self._subscriber.poll(int(left_s * 1000) + 1):
+                answer = _answer(self._subscriber.recv_multipart(), event["id"])
                 if answer is not None:
                     return answer
-    raise TimeoutError(f"no acknowledgement from the bus at {address.subscribe} within {deadline_s:.0f} s")
+        raise TimeoutError(f"no acknowledgement from the bus at {self._address.subscribe} within {deadline_s:.0f} s")
 
 
 def _answer(frames: list[bytes], identifier: object) -> dict[str, Any] | None:
@@ -65,14 +73,20 @@ def _answer(frames: list[bytes], identifier: object) -> dict[str, Any] | None:
     return event if is_final else None
 
 
+def proof_of(answer: Mapping[str, Any]) -> str:
+    """What was seen, or why nothing was done."""
+    return str(answer.get("proof") or answer.get("error", ""))
+
+
 def fault(address: MonitorAddress, action: str, rank: int | None, process: str | None) -> int:
     """Returns the exit code: 0 only with proof that it took effect."""
     event = fault_event(action, rank, process)
     target = f"rank {rank}" if rank is not None else process
-    try:
-        answer = inject(address, event)
-    except TimeoutError as error:
-        print(f"{action} {target}: {error}")
-        return 1
-    print(f"{action} {target}: {answer['status']}: {answer.get('proof', '')}")
+    with FaultClient(address) as client:
+        try:
+            answer = client.inject(event)
+        except TimeoutError as error:
+            print(f"{action} {target}: {error}")
+            return 1
+    print(f"{action} {target}: {answer['status']}: {proof_of(answer)}")
     return 0 if answer["status"] == "done" else 1
