@@ -2,8 +2,9 @@
 
     client:  on_submit, on_client_gone          cluster: on_view, on_directory, on_message          time: on_tick
 
-Requests that lost their place are placed before new ones: their clients are in the middle of a stream. What belongs to
-no request any more is answered with Abort, so that nobody keeps memory for it; so is every attempt but the current one.
+Whatever waits is placed in order of arrival as soon as there is a rank and a prefill worker, so a request that has lost
+its place, whose client is in the middle of a stream, comes before all that have never had one. What belongs to no
+request any more is answered with Abort, so that nobody keeps memory for it; so is every attempt but the current one.
 
 Invariants (`check_invariants`): a request is in the table until it is done, failed or gone; it has a place exactly
 when it is neither queued nor replacing; its place is in the view.
@@ -195,7 +196,6 @@ class RequestTable:
         waiting = [r for r in self._requests.values() if r.state in _WAITING and now >= r.not_before]
         if not waiting or not self._ranks or not self._prefill:
             return []
-        waiting.sort(key=lambda request: request.state is State.QUEUED)  # stable: by arrival within each
         self._count_load()
         pending = self._count_pending_prefill()
         actions: list[Action] = []

@@ -52,9 +52,17 @@ async def test_a_completion_has_its_tokens_usage_and_reason() -> None:
 async def test_a_stream_has_the_same_text_then_usage_then_done() -> None:
     async with fake_cluster() as cluster, cluster.client() as client:
         stream = await client.completions.create(
-            model="tiny-random", prompt=PROMPT, max_tokens=30, stream=True, stream_options={"include_usage": True}
+            model="tiny-random",
+            prompt=PROMPT,
+            max_tokens=30,
+            logprobs=0,
+            stream=True,
+            stream_options={"include_usage": True},
         )
         chunks = [chunk async for chunk in stream]
+        logprobs = [entry for chunk in chunks[:-1] if (entry := chunk.choices[0].logprobs) is not None]
+        assert [n for entry in logprobs for n in entry.text_offset or []] == list(range(30))
+        assert [p for entry in logprobs for p in entry.token_logprobs or []] == [logprob(KEY, n) for n in range(30)]
         assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == expected_text(KEY, 30)
         assert chunks[-2].choices[0].finish_reason == "length"
         assert all(chunk.usage is None for chunk in chunks[:-1])

@@ -170,6 +170,17 @@ def test_refusals_are_repeated_ever_more_slowly(prefilling: RequestLifecycle) ->
     assert waits == [0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0]
 
 
+def test_a_token_clears_the_record_of_those_who_failed_before(prefilling: RequestLifecycle) -> None:
+    for now in range(5):
+        prefilling.on_refused(DECODE, now)
+        prefilling.on_place(PLACE, now)
+    assert prefilling.avoid == {DECODE}
+    prefilling.on_tokens(_tokens(0, 3, attempt=5), 5.0)
+    assert prefilling.avoid == set()
+    prefilling.on_refused(DECODE, 6.0)
+    assert prefilling.not_before == pytest.approx(6.05)
+
+
 def test_giving_up_a_place_frees_both_ends_of_a_prefill(prefilling: RequestLifecycle) -> None:
     assert prefilling.replace("moved", 0.1) == [
         Send(DECODE, Abort(REQUEST, 0)),

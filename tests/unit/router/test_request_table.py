@@ -178,6 +178,13 @@ def test_reports_of_other_routers_requests_count_while_they_are_fresh() -> None:
     assert _announced(_submit(table, 3, 3.0)) == [("r.3", 0)]
 
 
+def test_a_new_incarnation_is_not_judged_by_the_reports_of_the_old_one() -> None:
+    table = _table(_member(0), _member(1))
+    table.on_message(_member(0).process, _batch(0, running=9, free=0), 1.0)
+    table.on_view(_view(2, _member(0, 102), _member(1)), 1.1)
+    assert _announced(_submit(table, 1, 1.2)) == [("r.1", 0)]
+
+
 def test_a_rank_without_free_blocks_is_the_last_choice() -> None:
     table = _table(_member(0), _member(1))
     _submit(table, 1)  # on rank 0
