@@ -151,6 +151,7 @@ class Membership:
         elif self.state is RankState.JOINING and (rank, incarnation) != (self.rank, self.incarnation):
             if rank == NO_RANK:
                 self._drop_preparation()
+                self._next = None
                 self._machine.move(RankState.STANDBY, now, "slot withdrawn")
                 self.rank, self.incarnation = NO_RANK, Incarnation(0)
                 actions = [CloseSlot(was_member=False)]
@@ -300,6 +301,7 @@ class Membership:
 
     def _take_slot(self, rank: Rank, incarnation: Incarnation, now: float) -> list[Action]:
         self._drop_preparation()
+        self._next = None  # it held this process in another slot
         if self.state is RankState.STANDBY:
             self._machine.move(RankState.JOINING, now, f"slot {rank} incarnation {incarnation}")
         self.rank, self.incarnation = rank, incarnation

@@ -1,0 +1,289 @@
+"""Requests of a decode rank: PROTOCOL section 6, bounds, and no block lost whatever comes in whatever order."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.ids import Epoch, Incarnation, ProcessId, Rank, RequestId
+from common.kv_blocks import BlockAllocator
+from common.messages import (
+    Abort,
+    Announce,
+    Have,
+    KvHandoff,
+    Refused,
+    Release,
+    Sampling,
+    TokenBatch,
+    Tokens,
+    Unknown,
+)
+from services.decode.actions import Send
+from services.decode.batch_scheduler import BatchScheduler
+from services.decode.delivery import FINISHED_KEPT_S, REPEAT_S, Delivery, RequestLimits
+from services.decode.early_kv import KEPT_S, MAX_KEPT, EarlyKv
+from services.decode.tombstones import MAX_TOMBSTONES, Tombstones
+
+ROUTER, PREFILL = ProcessId("router"), ProcessId("prefill")
+STOP = 99
+
+
+def make(num_blocks: int = 8, max_batch: int = 4, max_waiting: int = 4) -> Delivery:
+    scheduler: BatchScheduler[RequestId] = BatchScheduler(BlockAllocator(num_blocks, 4), max_batch, max_waiting)
+    delivery = Delivery(scheduler, RequestLimits(vocab_size=100, max_positions=20, kv_bytes_per_token=1))
+    delivery.open(Rank(0), Incarnation(7))
+    return delivery
+
+
+def announce(
+    name: str = "a", attempt: int = 1, outputs: tuple[int, ...] = (), incarnation: int = 7, max_tokens: int = 3
+) -> Announce:
+    sampling = Sampling(0.0, 1.0, 0, 1, max_tokens, stop_token_ids=(STOP,))
+    return Announce(RequestId(name), attempt, ROUTER, Incarnation(incarnation), (1, 2), outputs, sampling)
+
+
+def kv(name: str = "a", attempt: int = 1, num_tokens: int = 2, incarnation: int = 7, token: int = 10) -> KvHandoff:
+    return KvHandoff(RequestId(name), attempt, Rank(0), Incarnation(incarnation), num_tokens, token, -0.5)
+
+
+def frames(num_tokens: int = 2) -> list[memoryview]:
+    return [memoryview(bytes(num_tokens))]
+
+
+def news(delivery: Delivery) -> list[Tokens]:
+    """What the routers are told now."""
+    sends = delivery.flush(Epoch(5))
+    batches = [send.message for send in sends]
+    assert all(send.peer == ROUTER for send in sends)
+    return [item for batch in batches if isinstance(batch, TokenBatch) for item in batch.items]
+
+
+def tokens(start: int, *ids: int, finish: str = "", attempt: int = 1, first_logprob: float = -1.0) -> Tokens:
+    return Tokens(RequestId("a"), attempt, start, ids, (first_logprob,) * len(ids), finish)
+
+
+def run(delivery: Delivery, token: int = 11, now: float = 1.0) -> None:
+    """One clean round."""
+    delivery.admit()
+    for step in list(delivery.steps()):
+        delivery.commit(step, token, -1.0, now)
+
+
+def test_from_announcement_to_release() -> None:
+    delivery = make()
+    assert delivery.on_announce(announce(), 0.0) == []
+    assert delivery.on_kv(kv(), frames(), 0.0) == []
+    assert news(delivery) == [tokens(0, 10, first_logprob=-0.5)]
+    (admission,) = delivery.admit()
+    assert (admission.request, admission.num_tokens, len(admission.block_table)) == ("a", 2, 1)
+    (step,) = delivery.steps()
+    assert (step.token_id, step.position, step.output_index) == (10, 2, 1)
+    delivery.commit(step, 11, -1.0, 1.0)
+    assert news(delivery) == [tokens(1, 11)]
+    (step,) = delivery.steps()
+    assert (step.token_id, step.position, step.output_index) == (11, 3, 2)
+    delivery.commit(step, 12, -1.0, 1.0)
+    assert news(delivery) == [tokens(2, 12, finish="length")]
+    assert list(delivery.steps()) == []
+    delivery.on_tick(1.0 + REPEAT_S)
+    assert news(delivery) == [tokens(2, 12, finish="length")]
+    delivery.on_message(ROUTER, Release(RequestId("a"), 1), (), 2.0)
+    delivery.on_tick(10.0)
+    assert news(delivery) == []
+    assert delivery.on_announce(announce(), 3.0) == [] and delivery.on_kv(kv(), frames(), 3.0) == []
+    assert news(delivery) == [], "a released attempt does not come to life again"
+    delivery.check_invariants()
+
+
+def test_stop_token_ends_and_is_delivered() -> None:
+    delivery = make()
+    delivery.on_announce(announce(), 0.0)
+    delivery.on_kv(kv(), frames(), 0.0)
+    news(delivery)
+    run(delivery, token=STOP)
+    assert news(delivery) == [tokens(1, STOP, finish="stop")]
+
+
+def test_a_first_token_can_be_the_last() -> None:
+    delivery = make()
+    delivery.on_announce(announce(max_tokens=1), 0.0)
+    delivery.on_kv(kv(), frames(), 0.0)
+    assert news(delivery) == [tokens(0, 10, finish="length", first_logprob=-0.5)]
+    assert delivery.admit() == []
+
+
+def test_outputs_of_an_earlier_attempt_are_continued() -> None:
+    delivery = make()
+    delivery.on_announce(announce(outputs=(10, 11), attempt=2), 0.0)
+    delivery.on_kv(kv(attempt=2, num_tokens=4, token=12), frames(4), 0.0)
+    assert news(delivery) == [tokens(2, 12, finish="length", attempt=2, first_logprob=-0.5)]
+
+
+def test_kv_without_announcement_waits_for_it_but_not_long() -> None:
+    delivery = make()
+    delivery.on_kv(kv(), frames(), 0.0)
+    assert news(delivery) == []
+    delivery.on_announce(announce(), KEPT_S / 2)
+    assert news(delivery) == [tokens(0, 10, first_logprob=-0.5)]
+    delivery.on_kv(kv("b"), frames(), 0.0)
+    delivery.on_tick(KEPT_S * 1.1)
+    delivery.on_announce(announce("b"), KEPT_S * 1.1)
+    assert news(delivery) == []
+
+
+def test_wrong_incarnation_is_refused() -> None:
+    delivery = make()
+    (refusal,) = delivery.on_announce(announce(incarnation=6), 0.0)
+    assert isinstance(refusal.message, Refused) and refusal.peer == ROUTER
+    delivery.on_announce(announce(), 0.0)
+    delivery.on_kv(kv(incarnation=6), frames(), 0.0)
+    assert news(delivery) == []
+
+
+def test_kv_of_another_size_is_refused() -> None:
+    for handoff, got in ((kv(num_tokens=3), frames(3)), (kv(), frames(1)), (kv(), []), (kv(token=100), frames())):
+        delivery = make()
+        delivery.on_announce(announce(), 0.0)
+        (refusal,) = delivery.on_kv(handoff, got, 0.0)
+        assert isinstance(refusal.message, Refused)
+        delivery.check_invariants()
+
+
+def test_no_room_is_refused_and_too_long_a_request_too() -> None:
+    delivery = make(num_blocks=2, max_waiting=1)
+    for name in "ab":
+        delivery.on_announce(announce(name), 0.0)
+        assert delivery.on_kv(kv(name), frames(), 0.0) == []
+        delivery.admit()
+    delivery.on_announce(announce("c"), 0.0)
+    assert delivery.on_kv(kv("c"), frames(), 0.0) == [], "waits"
+    delivery.on_announce(announce("d"), 0.0)
+    (refusal,) = delivery.on_kv(kv("d"), frames(), 0.0)
+    assert isinstance(refusal.message, Refused)
+    delivery.on_announce(announce("e", max_tokens=15), 0.0)
+    (refusal,) = delivery.on_kv(kv("e"), frames(), 0.0)
+    assert isinstance(refusal.message, Refused) and "KV cache has 8" in refusal.message.reason
+    delivery.check_invariants()
+
+
+def test_announcements_that_the_model_cannot_serve_are_refused() -> None:
+    for bad in (announce(outputs=(100,)), announce(outputs=(1, 2, 3)), announce(max_tokens=0)):
+        (refusal,) = make().on_announce(bad, 0.0)
+        assert isinstance(refusal.message, Refused)
+
+
+def test_have_is_answered_with_all_from_there() -> None:
+    delivery = make()
+    have = Have(RequestId("a"), 1, 0)
+    assert delivery.on_have(have, ROUTER) == [Send(ROUTER, Unknown(RequestId("a"), 1))]
+    delivery.on_announce(announce(), 0.0)
+    assert delivery.on_have(have, ROUTER) == []
+    assert news(delivery) == [tokens(0)], "alive, nothing yet"
+    delivery.on_kv(kv(), frames(), 0.0)
+    run(delivery)
+    news(delivery)
+    delivery.on_have(have, ROUTER)
+    assert news(delivery) == [Tokens(RequestId("a"), 1, 0, (10, 11), (-0.5, -1.0))]
+    delivery.on_have(Have(RequestId("a"), 1, 2), ROUTER)
+    assert news(delivery) == [tokens(2)]
+    for wrong in (Have(RequestId("a"), 2, 0), Have(RequestId("a"), 1, 3)):
+        (answer,) = delivery.on_have(wrong, ROUTER)
+        assert isinstance(answer.message, Unknown)
+
+
+def test_a_higher_attempt_replaces_a_lower_one() -> None:
+    delivery = make()
+    delivery.on_announce(announce(), 0.0)
+    delivery.on_kv(kv(), frames(), 0.0)
+    run(delivery)
+    news(delivery)
+    delivery.on_announce(announce(attempt=2, outputs=(10,)), 1.0)
+    assert list(delivery.steps()) == []
+    delivery.on_kv(kv(), frames(), 1.0)
+    assert news(delivery) == [], "KV of the old attempt"
+    delivery.on_announce(announce(), 1.0)
+    delivery.on_kv(kv(attempt=2, num_tokens=3, token=11), frames(3), 1.0)
+    assert news(delivery) == [tokens(1, 11, attempt=2, first_logprob=-0.5)]
+    delivery.check_invariants()
+
+
+def test_abort_frees_blocks_at_once() -> None:
+    delivery = make()
+    delivery.on_announce(announce(), 0.0)
+    delivery.on_kv(kv(), frames(), 0.0)
+    run(delivery)
+    delivery.on_message(ROUTER, Abort(RequestId("a"), 1), (), 1.0)
+    assert list(delivery.steps()) == []
+    delivery.check_invariants()
+    (answer,) = delivery.on_have(Have(RequestId("a"), 1, 0), ROUTER)
+    assert isinstance(answer.message, Unknown)
+
+
+def test_finished_requests_are_not_kept_for_ever() -> None:
+    delivery = make()
+    delivery.on_announce(announce(max_tokens=1), 0.0)
+    delivery.on_kv(kv(), frames(), 0.0)
+    delivery.on_tick(FINISHED_KEPT_S + 1)
+    (answer,) = delivery.on_have(Have(RequestId("a"), 1, 0), ROUTER)
+    assert isinstance(answer.message, Unknown)
+
+
+def test_bounds() -> None:
+    early, tombstones = EarlyKv(), Tombstones()
+    for number in range(MAX_KEPT + 5):
+        early.keep(kv(str(number)), (), 0.0)
+    assert len(early) == MAX_KEPT and early.num_dropped == 5
+    for number in range(MAX_TOMBSTONES + 5):
+        tombstones.bury(RequestId(str(number)), 1)
+    assert len(tombstones) == MAX_TOMBSTONES
+    assert not tombstones.covers(RequestId("0"), 1) and tombstones.covers(RequestId("10"), 1)
+    assert not tombstones.covers(RequestId("10"), 2)
+
+
+operations = st.tuples(
+    st.sampled_from(["announce", "kv", "have", "abort", "release", "round", "void", "tick", "open"]),
+    st.sampled_from("abcdefg"),
+    st.integers(1, 3),
+    st.integers(1, 8),
+)
+
+
+@given(st.lists(operations, max_size=80))
+def test_outputs_only_grow_and_no_block_is_lost(history: list[tuple[str, str, int, int]]) -> None:
+    """``void`` is a round whose tokens are thrown away: nothing may be told of it."""
+    delivery = make(num_blocks=5, max_batch=3, max_waiting=2)
+    told: dict[tuple[str, int], dict[int, int]] = {}
+    now = 0.0
+    for kind, name, attempt, number in history:
+        now += 0.1
+        match kind:
+            case "announce":
+                delivery.on_announce(announce(name, attempt, max_tokens=number), now)
+            case "kv":
+                delivery.on_kv(kv(name, attempt), frames(), now)
+            case "have":
+                delivery.on_have(Have(RequestId(name), attempt, number), ROUTER)
+            case "abort":
+                delivery.on_message(ROUTER, Abort(RequestId(name), attempt), (), now)
+            case "release":
+                delivery.on_message(ROUTER, Release(RequestId(name), attempt), (), now)
+            case "round":
+                run(delivery, token=number, now=now)
+            case "void":
+                delivery.admit()
+                assert len(list(delivery.steps())) <= 3
+            case "tick":
+                now += number
+                delivery.on_tick(now)
+            case _:
+                if number == 8:
+                    delivery.open(Rank(0), Incarnation(7))
+                    told.clear()
+        live: dict[str, set[int]] = {}
+        for item in news(delivery):
+            live.setdefault(item.request, set()).add(item.attempt)
+            known = told.setdefault((item.request, item.attempt), {})
+            for index, token in enumerate(item.ids, item.start):
+                assert index <= len(known), "a gap"
+                assert known.setdefault(index, token) == token, "an output changed"
+        assert all(len(attempts) == 1 for attempts in live.values()) or kind == "announce"
+        delivery.check_invariants()

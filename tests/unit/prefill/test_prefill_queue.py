@@ -1,0 +1,146 @@
+"""Chunked prefill: budget, order, fairness, aborts in the middle of a batch."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.ids import Incarnation, ProcessId, Rank, RequestId
+from common.kv_blocks import BlockAllocator
+from common.messages import Abort, AskPrefill, Prefill, PrefillDone, PrefillQueued, Refused, Sampling, Unknown
+from services.prefill.decode_links import UNUSED_S, DecodeLinks
+from services.prefill.prefill_queue import Attempt, Chunk, PrefillLimits, PrefillQueue
+
+CHUNK = 8
+
+
+def make(num_blocks: int = 20) -> PrefillQueue:
+    blocks: BlockAllocator[Attempt] = BlockAllocator(num_blocks, 4)
+    return PrefillQueue(blocks, CHUNK, PrefillLimits(vocab_size=100, max_positions=50))
+
+
+def prefill(name: str, num_tokens: int, attempt: int = 1, num_outputs: int = 0) -> Prefill:
+    sampling = Sampling(0.0, 1.0, 0, 1, 10)
+    prompt = tuple(range(1, num_tokens + 1))
+    return Prefill(
+        RequestId(name),
+        attempt,
+        ProcessId("router"),
+        prompt,
+        tuple(range(50, 50 + num_outputs)),
+        sampling,
+        Rank(0),
+        Incarnation(1),
+        "tcp://0",
+    )
+
+
+def shape(batch: list[Chunk]) -> list[tuple[str, int, int, bool]]:
+    return [(chunk.prefill.request, chunk.start, len(chunk.tokens), chunk.is_last) for chunk in batch]
+
+
+def compute(queue: PrefillQueue) -> list[str]:
+    """Names of the requests that are done after one batch."""
+    batch = queue.next_batch()
+    return [chunk.prefill.request for chunk in queue.on_computed(batch)]
+
+
+def test_a_long_prompt_alone_takes_whole_batches() -> None:
+    queue = make()
+    assert queue.on_prefill(prefill("a", 18, num_outputs=2)) is None
+    batches = []
+    while batch := queue.next_batch():
+        batches.append(shape(batch))
+        queue.on_computed(batch)
+    assert batches == [[("a", 0, 8, False)], [("a", 8, 8, False)], [("a", 16, 4, True)]]
+    assert queue.num_tokens_computed == 20 and queue.blocks.num_used == 0
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    queue = make()
+    queue.on_prefill(prefill("long", 30))
+    queue.on_prefill(prefill("short", 3))
+    assert shape(queue.next_batch()) == [("long", 0, 5, False), ("short", 0, 3, True)]
+
+
+def test_requests_wait_for_blocks_in_order() -> None:
+    queue = make(num_blocks=2)
+    for name in "ab":
+        queue.on_prefill(prefill(name, 5))
+    assert compute(queue) == ["a"]
+    assert compute(queue) == ["b"]
+
+
+def test_abort_in_the_middle_of_a_batch() -> None:
+    queue = make(num_blocks=2)
+    queue.on_prefill(prefill("a", 5))
+    batch = queue.next_batch()
+    queue.on_abort(Abort(RequestId("a"), 1))
+    queue.on_prefill(prefill("b", 5))
+    assert queue.on_computed(batch) == []
+    assert compute(queue) == ["b"]
+
+
+def test_a_higher_attempt_replaces_and_a_lower_one_is_ignored() -> None:
+    queue = make()
+    queue.on_prefill(prefill("a", 5, attempt=2))
+    assert queue.on_prefill(prefill("a", 5, attempt=1)) is None
+    batch = queue.next_batch()
+    queue.on_prefill(prefill("a", 6, attempt=3))
+    assert queue.on_computed(batch) == []
+    assert [chunk.attempt for chunk in queue.next_batch()] == [("a", 3)]
+    queue.check_invariants()
+
+
+def test_questions_are_answered() -> None:
+    queue = make()
+    ask = AskPrefill(RequestId("b"), 1)
+    assert queue.on_ask(ask) == Unknown(RequestId("b"), 1)
+    queue.on_prefill(prefill("a", 11))
+    queue.on_prefill(prefill("b", 3))
+    assert queue.on_ask(ask) == PrefillQueued(RequestId("b"), 1, 11)
+    compute(queue)
+    assert queue.on_ask(ask) == PrefillDone(RequestId("b"), 1)
+    assert queue.on_prefill(prefill("b", 3)) == PrefillDone(RequestId("b"), 1)
+
+
+def test_what_cannot_be_computed_is_refused() -> None:
+    assert isinstance(make().on_prefill(prefill("a", 0)), Refused)
+    assert isinstance(make().on_prefill(prefill("a", 51)), Refused)
+    assert isinstance(make(num_blocks=2).on_prefill(prefill("a", 9)), Refused)
+    assert isinstance(make().on_prefill(prefill("a", 2, num_outputs=60)), Refused)
+
+
+def test_links_are_closed_when_unused_and_in_no_view() -> None:
+    links = DecodeLinks()
+    assert links.use("a", 0.0) and links.use("b", 0.0) and not links.use("a", 5.0)
+    assert links.on_endpoints(["b"], UNUSED_S + 1) == [], "a view may be older here than at the router"
+    assert links.on_endpoints(["b"], UNUSED_S + 6) == ["a"]
+    assert links.use("a", 20.0)
+
+
+operations = st.tuples(st.sampled_from(["prefill", "abort", "batch"]), st.sampled_from("abcd"), st.integers(1, 30))
+
+
+@given(st.lists(operations, max_size=40))
+def test_every_prefill_ends_once_and_no_block_is_lost(history: list[tuple[str, str, int]]) -> None:
+    """An abort comes between the start and the end of a batch, the worst moment."""
+    queue = make(num_blocks=10)
+    attempts: dict[str, int] = {}
+    wanted: set[Attempt] = set()
+    done: list[Attempt] = []
+    for kind, name, number in history + [("batch", "a", 0)] * 40:
+        batch = queue.next_batch()
+        assert sum(len(chunk.tokens) for chunk in batch) <= CHUNK
+        used = [block for chunk in batch for block in chunk.block_table]
+        assert len(used) == len(set(used)), "a block is written by two requests"
+        if kind == "prefill":
+            attempts[name] = attempts.get(name, 0) + 1
+            wanted = {attempt for attempt in wanted if attempt[0] != name or attempt in done}
+            if queue.on_prefill(prefill(name, number, attempts[name])) is None:
+                wanted.add((RequestId(name), attempts[name]))
+        elif kind == "abort":
+            queue.on_abort(Abort(RequestId(name), attempts.get(name, 0)))
+            wanted = {attempt for attempt in wanted if attempt[0] != name or attempt in done}
+        done += [chunk.attempt for chunk in queue.on_computed(batch)]
+        queue.check_invariants()
+    assert sorted(done) == sorted(wanted)
+    assert queue.blocks.num_used == 0
