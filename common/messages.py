@@ -123,6 +123,7 @@ class Welcome(_Message, frozen=True):
     view: View | None = None
     rank: Rank = NO_RANK
     incarnation: Incarnation = Incarnation(0)
+    masked: bool = False  # no slot before a fault event unmasks it; the process says so in its next Hello
 
 
 class Refusal(_Message, frozen=True):

@@ -79,6 +79,7 @@ class Membership:
         self.base_epoch = Epoch(0)  # the epoch that the present one was entered from in band, or itself
         self.term = 0
         self.out_of = Epoch(0)
+        self.masked = False  # a standby that gets no slot, by an operator's wish
         self.num_stale = 0
         self._next: View | None = None
         self._preparation: _Preparation | None = None
@@ -144,8 +145,11 @@ class Membership:
         ):
             self._drop_preparation()
 
-    def on_welcome(self, rank: Rank, incarnation: Incarnation, view: View | None, now: float) -> list[Action]:
+    def on_welcome(
+        self, rank: Rank, incarnation: Incarnation, view: View | None, now: float, masked: bool = False
+    ) -> list[Action]:
         actions: list[Action] = []
+        self.masked = masked
         if self.state is RankState.STANDBY and rank != NO_RANK:
             actions = self._take_slot(rank, incarnation, now)
         elif self.state is RankState.JOINING and (rank, incarnation) != (self.rank, self.incarnation):

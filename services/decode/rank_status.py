@@ -21,7 +21,7 @@ class RankStatus:
     @classmethod
     def of(cls, membership: Membership, life: int) -> "RankStatus":
         return cls(
-            membership.state.value,
+            "masked" if membership.masked and not membership.view else membership.state.value,
             membership.rank,
             membership.incarnation,
             membership.view,
@@ -60,4 +60,5 @@ class RankStatus:
             rank=self.rank if self.view else NO_RANK,
             incarnation=Incarnation(self.incarnation if self.view else 0),
             view=self.view,
+            masked=self.state == "masked",
         )

@@ -200,7 +200,8 @@ class Stream:
         match message:
             case Welcome():
                 self._configure(message.config)
-                self._perform(membership.on_welcome(message.rank, message.incarnation, message.view, now))
+                rank, incarnation, masked = message.rank, message.incarnation, message.masked
+                self._perform(membership.on_welcome(rank, incarnation, message.view, now, masked))
             case Prepare() if self._engine:
                 self._perform(membership.on_prepare(message.view, message.base_epoch, now))
             case View():

@@ -20,6 +20,7 @@ from services.decode.actions import (
     Tell,
 )
 from services.decode.membership import RETRY_S, Membership, RankState
+from services.decode.rank_status import RankStatus
 
 ME = ProcessId("decode-me")
 PLACEMENT = Placement(1, (((0, 1), (0, 1), (0, 1)),))
@@ -117,6 +118,17 @@ def test_no_switch_after_a_void_round() -> None:
     assert (membership.state, membership.staged_epoch, membership.epoch) == (RankState.VOID, 0, 10)
     assert membership.on_first_headers(Epoch(12), 2.0) == []
     assert membership.on_prepare(WITH_TWO, Epoch(10), 2.0) == []
+
+
+def test_a_masked_rank_says_so_until_it_gets_a_slot() -> None:
+    membership = serving()
+    membership.on_view(view(13, member(1)), 1.0)
+    membership.on_welcome(NO_RANK, Incarnation(0), None, 1.0, masked=True)
+    status = RankStatus.of(membership, life=1)
+    assert (status.state, status.rank, status.life) == ("masked", NO_RANK, 1)
+    assert status.hello(ME, "decode", "h", 1, "tcp://0", "", "/heap/0").masked
+    membership.on_welcome(Rank(0), Incarnation(14), None, 2.0)
+    assert RankStatus.of(membership, life=1).state == "joining"
 
 
 def test_a_prepared_view_for_another_base_is_not_taken() -> None:
