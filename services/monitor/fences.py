@@ -16,7 +16,8 @@ ID_PREFIX = "fence:"
 
 @dataclass(slots=True)
 class _Fence:
-    started_at: float
+    since: float
+    after_s: float
     sent_at: float | None = None
     num_sent: int = 0
 
@@ -29,9 +30,10 @@ class Fences:
     def __contains__(self, process: ProcessId) -> bool:
         return process in self._fences
 
-    def put_up(self, process: ProcessId, now: float) -> None:
+    def put_up(self, process: ProcessId, now: float, after_s: float = 0.0) -> None:
+        """``after_s``: time that it has to leave its slot by itself."""
         if process not in self._fences and process not in self._table.gone:
-            self._fences[process] = _Fence(now)
+            self._fences[process] = _Fence(now, after_s)
             self._send_due(process, now)
 
     def on_left(self, process: ProcessId) -> None:
@@ -54,6 +56,8 @@ class Fences:
 
     def _send_due(self, process: ProcessId, now: float) -> None:
         fence = self._fences[process]
+        if self._clock.elapsed(fence.since, now) < fence.after_s:
+            return
         if fence.sent_at is not None and now - fence.sent_at < _SEND_AGAIN_S:
             return
         agent = self._table.agent_of(process, now)

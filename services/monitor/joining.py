@@ -60,6 +60,10 @@ class Joining:
         self._unheard = {process for process, child in children if child.name.startswith("decode")}
         self._unheard_since = now
 
+    def may_have_been_let_in(self, process: ProcessId) -> bool:
+        """A newcomer of a dropped view: it may be about to leave its slot, and must not be told that it holds it."""
+        return process in self._dropped
+
     def on_in_force(self, view: View, now: float) -> None:
         for process in [member.process for member in view.members]:
             self._dropped.pop(process, None)
@@ -113,8 +117,12 @@ class Joining:
         if dropped is not None and process.beat.out_of >= dropped[0]:
             del self._dropped[process.id]
         slot = self._slots.of_process(process.id)
-        lost = slot is not None and slot.state is SlotState.HELD and process.beat.incarnation != slot.incarnation
-        if lost and now - process.welcomed_at > _WELCOME_AGAIN_S:
+        if (
+            slot is not None
+            and slot.state is SlotState.HELD
+            and not slot.seen
+            and now - process.welcomed_at > _WELCOME_AGAIN_S
+        ):
             self.to_welcome.append(process.id)
 
     def _end_late_join(self, now: float) -> None:

@@ -77,6 +77,9 @@ class Membership:
     # Words of processes.
 
     def on_heartbeat(self, beat: Heartbeat, now: float) -> None:
+        slot = self._slots.of_process(beat.process)
+        if slot is not None and self._slots.has_left(slot, beat):
+            self.on_left(slot, now)
         if view := self._group.on_report(beat.process, now):
             self._joining.on_in_force(view, now)
         if beat.state == "void":
@@ -92,12 +95,13 @@ class Membership:
     def on_slot_left(self, left: SlotLeft, now: float) -> None:
         slot = self._slots.of_process(left.process)
         if slot is not None and slot.incarnation == left.incarnation:
+            slot.entered = True
             self.on_left(slot, now)
 
     def on_left(self, slot: Slot, now: float) -> None:
         """The holder says so itself: stream drained, number given back."""
-        if record := self._table.get(slot.process):
-            record.must_greet = True
+        if (record := self._table.get(slot.process)) and slot.entered:
+            record.must_greet = True  # it will offer another heap
         if slot.state is SlotState.MASKED:
             slot.left = True
         elif slot.state is SlotState.FENCING:
@@ -170,6 +174,7 @@ class Membership:
             if removal.fate is Fate.FENCE:
                 self._slots.fence(slot, now, removal.evidence)
                 self._fences.put_up(removal.process, now)
+                self._joining.to_welcome.append(removal.process)  # tells a newcomer, whom no view names
             elif removal.fate is Fate.MASK:
                 self._slots.mask(slot, now, removal.evidence)
             else:

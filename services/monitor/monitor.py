@@ -38,7 +38,7 @@ from services.monitor.group import Group
 from services.monitor.joining import Joining
 from services.monitor.lifelines import Lifelines
 from services.monitor.membership import Membership
-from services.monitor.processes import Process, ProcessTable
+from services.monitor.processes import Process, ProcessTable, has_moved_on
 from services.monitor.recovery import recover
 from services.monitor.slots import SlotState, SlotTable
 from services.monitor.takeover import Phase, Takeover
@@ -119,6 +119,8 @@ class Monitor:
                     self._outbox.send(peer, Refusal(reason))
             case VoidReport() | RollAnswer() | SlotLeft() if self.phase is Phase.ACTIVE:
                 self._on_word_of_rank(message, now)
+            case SlotLeft():
+                self.table.on_slot_left(message.process)
             case _:
                 pass
         return self._settle(now)
@@ -192,6 +194,8 @@ class Monitor:
             self.fences.put_up(process.id, now)
 
     def _welcome(self, process: Process, now: float) -> None:
+        if self.joining.may_have_been_let_in(process.id):
+            return  # it repeats its Hello
         slot = self.slots.of_process(process.id)
         rank, incarnation = NO_RANK, Incarnation(0)
         if slot is not None and slot.state is SlotState.HELD:
@@ -217,12 +221,13 @@ class Monitor:
         if process is not None:
             self._note_given_up(process, now)
             if self.phase is Phase.ACTIVE and process.hello.kind == "decode":
-                self.joining.on_heartbeat(process, now)
                 self.membership.on_heartbeat(beat, now)
+                self.joining.on_heartbeat(process, now)
         # Agents hold no view: telling them the epoch would make them ask for one with every heartbeat.
         epoch = Epoch(0) if process is not None and process.hello.kind == "agent" else self.group.epoch
+        known = process is not None and not (self.phase is Phase.GATHERING and has_moved_on(process))
         version = self.directory.message.version
-        self._outbox.send(peer, HeartbeatReply(self.id, self.counter.term, epoch, version, known=process is not None))
+        self._outbox.send(peer, HeartbeatReply(self.id, self.counter.term, epoch, version, known))
 
     def _on_word_of_rank(self, message: VoidReport | RollAnswer | SlotLeft, now: float) -> None:
         match message:
@@ -289,7 +294,8 @@ class Monitor:
         if best is not None and not self.group.experts.has_shape_of(best.placement.physical_to_logical):
             self._outbox.exit("the running ranks have another model or another decode.max_ranks; stop them first")
             return
-        recover(best, self.table, self.slots, self.group, self.fences, self._outbox, now)
+        leave_s = self.config.monitor.adopt_timeout_s
+        recover(best, self.table, self.slots, self.group, self.fences, self._outbox, leave_s, now)
         self.joining.on_take_over(now)
 
     # After every event.

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from common.ids import NO_RANK, Epoch, Incarnation, ProcessId, Rank
+from common.ids import Epoch, Incarnation, ProcessId, Rank
 from common.messages import Heartbeat, Hello
 from services.monitor.lifelines import Lifelines
 from services.monitor.ticks import TickClock
@@ -60,6 +60,8 @@ class ProcessTable:
             self._num_arrived += 1
             process = self._processes[hello.process] = Process(hello, self._num_arrived, now, beat)
         process.hello, process.heard_at, process.must_greet = hello, now, False
+        if hello.view is not None and hello.view.epoch >= process.beat.epoch:
+            process.beat = Heartbeat(hello.process, hello.rank, hello.incarnation, epoch=hello.view.epoch)
         if hello.kind == "agent":
             self._adopt_children(hello)
         return process, kind
@@ -72,6 +74,11 @@ class ProcessTable:
             return None
         process.beat, process.heard_at = beat, now
         return process
+
+    def on_slot_left(self, process: ProcessId) -> None:
+        """Its next heartbeat would say so, too."""
+        if record := self._processes.get(process):
+            record.beat = Heartbeat(process)
 
     def on_gone(self, process: ProcessId, proof: str) -> Process | None:
         """It was reaped. Its record, if there was one."""
@@ -157,8 +164,15 @@ class ProcessTable:
 
 
 def claims(process: Process, rank: Rank, incarnation: Incarnation) -> bool:
-    """Whether the process says that it holds this slot."""
-    return process.hello.rank == rank != NO_RANK and process.hello.incarnation == incarnation
+    """Whether the process is in the group under this slot, by its own word."""
+    beat = process.beat
+    return beat.rank == rank and beat.incarnation == incarnation and beat.epoch > 0
+
+
+def has_moved_on(process: Process) -> bool:
+    """A decode process that has entered a view since it said Hello, so that nobody may have shown that view."""
+    shown = process.hello.view.epoch if process.hello.view else Epoch(0)
+    return process.hello.kind == "decode" and process.beat.epoch > shown
 
 
 def reports(process: Process, incarnation: Incarnation) -> Epoch:

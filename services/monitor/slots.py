@@ -13,7 +13,8 @@ lands in the region of the new one. Likewise no process holds two numbers.
 from dataclasses import dataclass, field
 from enum import Enum
 
-from common.ids import Incarnation, ProcessId, Rank
+from common.ids import NO_RANK, Incarnation, ProcessId, Rank
+from common.messages import Heartbeat
 from common.state_machine import StateMachine, transition_table
 
 _NOBODY, _NO_INCARNATION = ProcessId(""), Incarnation(0)
@@ -38,13 +39,17 @@ MOVES = transition_table(
 
 @dataclass(slots=True)
 class Slot:
-    """``last_*`` describe the last holder for people, also when the slot is free."""
+    """``seen``: the holder's heartbeats have shown this incarnation, so if they no longer do, it has left; before, they
+    only show that its Welcome is still on the way. ``entered``: they have shown it in a view. ``last_*`` describe the
+    last holder for people, also when the slot is free."""
 
     rank: Rank
     machine: StateMachine[SlotState]
     process: ProcessId = _NOBODY
     incarnation: Incarnation = _NO_INCARNATION
     heap: str = ""
+    seen: bool = False
+    entered: bool = False
     left: bool = False  # MASKED: the process has drained its stream and waits as a standby
     last_incarnation: Incarnation = _NO_INCARNATION
     last_pid: int = 0
@@ -77,9 +82,18 @@ class SlotTable:
         slot = self.slots[rank]
         assert holder is None or holder is slot, f"{process} holds slot {holder and holder.rank} already"
         slot.machine.move(state, now, f"{process} incarnation {incarnation}")
-        slot.process, slot.incarnation, slot.heap, slot.left = process, incarnation, heap, False
+        slot.process, slot.incarnation, slot.heap = process, incarnation, heap
+        slot.seen = slot.entered = slot.left = False
         slot.last_incarnation = incarnation
         return slot
+
+    def has_left(self, slot: Slot, beat: Heartbeat) -> bool:
+        """Takes note of a heartbeat of the holder. True when it shows that the slot was given back, whatever became
+        of the holder's SlotLeft."""
+        if beat.incarnation == slot.incarnation:
+            slot.seen = True
+            slot.entered = slot.entered or beat.epoch > 0
+        return slot.seen and not slot.left and beat.rank == NO_RANK
 
     def fence(self, slot: Slot, now: float, cause: str) -> None:
         slot.machine.move(SlotState.FENCING, now, cause)

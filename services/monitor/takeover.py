@@ -11,16 +11,17 @@ heartbeats that piled up meanwhile go out at once. So every survivor that runs a
 was stopped in that very second reports a term that is not below this monitor's when it wakes, and then this monitor
 exits for one that opens a higher term. A second costs a fresh cluster nothing: its ranks still import torch.
 
-GATHERING is needed because views come with Hello only, and a process greets again only when it has seen the new term.
+GATHERING is needed because views come with Hello only, and a process greets again only when it has seen the new term,
+or when it is told that it is not known: so it is as long as its heartbeats show a view that its Hello did not.
 """
 
 from enum import Enum
 
 from common.config import MonitorConfig
-from common.ids import NO_RANK, Epoch
-from common.messages import Heartbeat, Hello, Member, View
+from common.ids import Epoch
+from common.messages import Heartbeat, Hello, View
 from common.state_machine import StateMachine, transition_table
-from services.monitor.processes import ProcessTable, claims
+from services.monitor.processes import ProcessTable, has_moved_on
 from services.monitor.terms import EpochCounter
 from services.monitor.ticks import TickClock
 
@@ -102,16 +103,10 @@ class Takeover:
         waited_s = self._clock.elapsed(self._opened_at, now)
         if waited_s >= self._config.heartbeat_timeout_s:
             return True
-        if waited_s < _GATHER_AT_LEAST_S or self._table.strangers:
+        unshown = any(has_moved_on(process) for process in self._table.of_kind("decode"))
+        if waited_s < _GATHER_AT_LEAST_S or self._table.strangers or unshown:
             return False
         if self.best is None:
             return self._heard_epoch == 0
-        return all(self._is_accounted_for(member) for member in self.best.members)
-
-    def _is_accounted_for(self, member: Member) -> bool:
-        if member.process in self._table.gone:
-            return True
-        process = self._table.get(member.process)
-        if process is None:
-            return False
-        return claims(process, member.rank, member.incarnation) or process.hello.rank == NO_RANK
+        known = set(self._table.gone) | {process.id for process in self._table.all()}
+        return all(member.process in known for member in self.best.members)

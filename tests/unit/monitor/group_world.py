@@ -1,0 +1,517 @@
+"""A whole group under a virtual clock: the real monitor, the real membership of decode ranks, everything else a model.
+
+One `World` is one seeded run. Links keep the order of what they deliver, with random delays; a word is lost now and
+then, as on a reconnect. Ranks make rounds together: one completes when every member of an epoch is there and serves;
+who waits for a dead or stopped one gives up after the operation's deadline. Processes are killed, stopped and
+continued; lifelines flap; the monitor is killed, or stopped, and started again. `World.check` holds all the while.
+"""
+
+import heapq
+import random
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from common.allegiance import Allegiance
+from common.config import ClusterConfig, DecodeConfig
+from common.ids import NO_RANK, Epoch, Incarnation, ProcessId, Rank
+from common.messages import (
+    AskView,
+    Directory,
+    Exited,
+    Heartbeat,
+    HeartbeatReply,
+    Hello,
+    Message,
+    Prepare,
+    RollCall,
+    Signal,
+    SignalDone,
+    View,
+    Welcome,
+    Worker,
+)
+from common.view import digest, orphans, ranks
+from services.decode import actions as rank_actions
+from services.decode.membership import Membership, RankState
+from services.decode.rank_status import RankStatus
+from services.monitor.actions import Action, Emit, Exit, Publish, Send
+from services.monitor.monitor import Monitor
+from services.monitor.takeover import Phase
+
+NUM_LAYERS, NUM_EXPERTS = 2, 8
+CONFIG = ClusterConfig(decode=DecodeConfig(num_ranks=4, max_ranks=8))
+DEADLINE_S, POLL_S, BEAT_S, TICK_S = 2.0, 0.02, 0.1, 0.05
+
+
+class Bad(AssertionError):
+    """A promise was broken; the text says which."""
+
+
+class Node:
+    """A process: it may be dead, or stopped until some time, and then what happens to it waits."""
+
+    def __init__(self, world: "World", name: str) -> None:
+        self.world, self.name = world, name
+        self.process = ProcessId(f"{name}-{world.next_number():x}")
+        self.is_alive, self.stopped_until = True, 0.0
+        self.is_faulty = False  # killed or stopped at some time: may be removed
+
+    def run(self, action: Callable[[], None]) -> None:
+        if not self.is_alive:
+            return
+        if self.stopped_until > self.world.now:
+            self.world.at(self.stopped_until - self.world.now, lambda: self.run(action))
+        else:
+            action()
+
+    def later(self, delay_s: float, action: Callable[[], None]) -> None:
+        self.world.at(delay_s, lambda: self.run(action))
+
+    @property
+    def is_running(self) -> bool:
+        return self.is_alive and self.stopped_until <= self.world.now
+
+    def stop_for(self, seconds: float) -> None:
+        self.stopped_until, self.is_faulty = self.world.now + seconds, True
+
+
+class Client(Node):
+    """What every process does towards the monitor, as in `common.monitor_client`."""
+
+    kind = "router"
+
+    def __init__(self, world: "World", name: str) -> None:
+        super().__init__(world, name)
+        self.allegiance, self.is_welcomed, self.directory_version = Allegiance(), False, 0
+        self.view: View | None = None
+        self.connection = 0
+        self.connect()
+        self.later(0.0, self.greet)
+        self.later(world.random.random() * BEAT_S, self.beat)
+
+    def hello(self) -> Hello:
+        return Hello(self.process, self.kind, self.name, "h", 1, "", "agent-0")
+
+    def heartbeat(self) -> Heartbeat:
+        epoch = self.view.epoch if self.view else Epoch(0)
+        return Heartbeat(self.process, term=self.allegiance.term, epoch=epoch)
+
+    def connect(self) -> None:
+        """Opens a lifeline; tried again while there is no monitor."""
+        self.connection = self.world.next_number()
+        number = self.connection
+        self.world.tell_monitor(self, lambda m, now: m.on_lifeline_opened(self.process, number, now), lossy=False)
+
+    def cut(self) -> None:
+        number = self.connection
+        self.world.tell_monitor(None, lambda m, now: m.on_lifeline_closed(self.process, number, now), lossy=False)
+
+    def flap(self) -> None:
+        self.cut()
+        self.later(0.02, self.connect)
+
+    def die(self) -> None:
+        if self.is_alive:
+            self.is_alive, self.is_faulty = False, True
+            self.cut()
+
+    def send(self, message: Message, peer: str = "") -> None:
+        identity = ProcessId(peer or self.process)
+        self.world.tell_monitor(self, lambda m, now: m.on_message(identity, message, now))
+
+    def greet(self) -> None:
+        if not self.is_welcomed:
+            self.send(self.hello())
+        self.later(0.5, self.greet)
+
+    def say_hello(self) -> None:
+        self.is_welcomed = False
+        self.send(self.hello())
+
+    def beat(self) -> None:
+        self.send(self.heartbeat(), f"{self.process}#beat")
+        self.later(BEAT_S, self.beat)
+
+    def receive(self, message: Message) -> None:
+        match message:
+            case HeartbeatReply():
+                self.on_reply(message)
+                return
+            case Welcome(monitor=monitor, term=term, directory=directory):
+                if not self.allegiance.accepts(term, monitor):
+                    return
+                self.is_welcomed, self.directory_version = True, directory.version
+            case RollCall(monitor=monitor, term=term) | View(monitor=monitor, term=term):
+                if not self.allegiance.accepts(term, monitor):
+                    return
+            case Prepare(view=view):
+                if not self.allegiance.accepts(view.term, view.monitor):
+                    return
+            case Directory(monitor=monitor, term=term, version=version):
+                if not self.allegiance.accepts(term, monitor):
+                    return
+                self.directory_version = version
+            case _:
+                pass
+        self.on_message(message)
+
+    def on_reply(self, reply: HeartbeatReply) -> None:
+        new_term = reply.term > self.allegiance.term
+        if not self.allegiance.accepts(reply.term, reply.monitor):
+            return
+        if new_term or not reply.known:
+            self.is_welcomed = False
+            self.send(self.hello())
+        elif reply.epoch > self.heartbeat().epoch or reply.directory_version > self.directory_version:
+            self.send(AskView(self.process))
+
+    def on_message(self, message: Message) -> None:
+        view = message.view if isinstance(message, Welcome) else message
+        if isinstance(view, View) and (self.view is None or view.epoch > self.view.epoch):
+            self.view = view
+
+
+class RankNode(Client):
+    """A decode process. Its data path is `World.rounds`."""
+
+    kind = "decode"
+
+    def __init__(self, world: "World", name: str) -> None:
+        self.membership = Membership(ProcessId(""), 30.0, world.now)
+        super().__init__(world, name)
+        self.membership = Membership(self.process, 30.0, world.now)
+        self.life, self.progress, self.waits_for = 0, 0, ()
+        self.waiting_since: float | None = None
+        self.later(POLL_S, self.poll)
+
+    waits_for: tuple[int, ...]
+
+    def hello(self) -> Hello:
+        status = RankStatus.of(self.membership, self.life)
+        return status.hello(self.process, self.name, "h", 1, self.process, "agent-0", f"{self.process}.{self.life}")
+
+    def heartbeat(self) -> Heartbeat:
+        status = RankStatus.of(self.membership, self.life)
+        return status.heartbeat(self.process, self.allegiance.term, self.progress, self.waits_for, {})
+
+    def on_message(self, message: Message) -> None:
+        membership, now = self.membership, self.world.now
+        if not isinstance(message, Signal):
+            membership.on_sign_of_monitor(now)
+        match message:
+            case Welcome():
+                self.perform(membership.on_welcome(message.rank, message.incarnation, message.view, now))
+            case Prepare():
+                self.perform(membership.on_prepare(message.view, message.base_epoch, now))
+            case View():
+                self.perform(membership.on_view(message, now))
+            case RollCall():
+                membership.on_term(message.term)
+                self.perform(membership.on_roll_call(message.epoch, self.waits_for, now))
+            case _:
+                pass
+
+    def poll(self) -> None:
+        membership = self.membership
+        self.perform(membership.on_tick(self.world.now))
+        if awaited := membership.awaited_headers:
+            epoch, senders = awaited
+            if all((epoch, rank) in self.world.first_headers for rank in senders):
+                self.perform(membership.on_first_headers(epoch, self.world.now))
+        self.later(POLL_S, self.poll)
+
+    def perform(self, wanted: list[rank_actions.Action]) -> None:
+        for action in wanted:
+            match action:
+                case rank_actions.CloseSlot(was_member=True):
+                    self.life += 1
+                case rank_actions.MapHeaps(view=view):
+                    self.later(self.world.random.uniform(0.001, 0.15), lambda view=view: self.mapped(view))  # type: ignore[misc]
+                case rank_actions.Announce(view=view):
+                    self.world.first_headers.add((view.epoch, self.membership.rank))
+                case rank_actions.Adopt(view=view):
+                    self.world.on_adopted(view)
+                    self.world.first_headers.add((view.epoch, self.membership.rank))
+                    self.waits_for, self.waiting_since = (), None
+                case rank_actions.PoisonMembers():
+                    self.world.poisoned.add(self.membership.epoch)
+                case rank_actions.Tell(message=message):
+                    self.send(message)
+                case rank_actions.SayHello():
+                    self.say_hello()
+                case rank_actions.ForwardView(view=view, endpoints=endpoints):
+                    self.world.forward(self, view, endpoints)
+                case _:
+                    pass
+
+    def mapped(self, view: View) -> None:
+        if self.membership.state is not RankState.STOPPED:
+            self.perform(self.membership.on_heaps_mapped(view.epoch, self.world.now))
+
+    def end_round(self, next_epoch: Epoch) -> None:
+        self.progress += 1
+        self.waits_for, self.waiting_since = (), None
+        self.perform(self.membership.on_clean_round(next_epoch, self.world.now))
+
+    def end_round_void(self, accused: tuple[int, ...]) -> None:
+        self.world.poisoned.add(self.membership.epoch)
+        self.perform(self.membership.on_void_round(1, accused, self.world.now))
+
+
+class Agent(Client):
+    """Starts decode processes again, reports exits, sends signals and proves them."""
+
+    kind = "agent"
+
+    def hello(self) -> Hello:
+        children = tuple((rank.process, rank.name, 1) for rank in self.world.ranks if rank.is_alive)
+        return Hello(self.process, "agent", self.name, "h", 1, "", children=children)
+
+    def on_message(self, message: Message) -> None:
+        if isinstance(message, Signal):
+            self.world.on_signal(message)
+            self.later(0.01, lambda: self.send(SignalDone(message.id, message.process, True, "reaped: signal KILL")))
+
+    def on_death(self, rank: RankNode) -> None:
+        exited = Exited("agent-0", rank.process, rank.name, 1, "signal KILL")
+        for number in range(20):
+            self.later(0.005 + 0.5 * number, lambda: self.send(exited))
+        self.later(self.world.random.uniform(0.3, 1.5), lambda: self.world.start_rank(rank.name))
+
+
+class MonitorNode(Node):
+    def __init__(self, world: "World") -> None:
+        super().__init__(world, "monitor")
+        myself = Worker(self.process, "monitor", "monitor", "h", 1, "")
+        self.core = Monitor(myself, CONFIG, NUM_LAYERS, NUM_EXPERTS, world.now)
+        self.later(TICK_S, self.tick)
+
+    def tick(self) -> None:
+        self.world.perform(self, self.core.on_tick(self.world.now))
+        self.later(TICK_S, self.tick)
+
+
+class World:
+    def __init__(self, seed: int, loss: float = 0.005) -> None:
+        self.random, self.now, self.loss = random.Random(seed), 0.0, loss
+        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = self._number = 0
+        self._arrival: dict[tuple[str, str], float] = {}  # links keep their order
+        self.first_headers: set[tuple[int, Rank]] = set()
+        self.poisoned: set[int] = set()
+        self.adopted: dict[int, int] = {}  # epoch -> digest of the view that somebody is in
+        self.views: list[View] = []
+        self.events: list[dict[str, Any]] = []
+        self.log: list[str] = []
+        self.clients: dict[ProcessId, Client] = {}
+        self.ranks: list[RankNode] = []
+        self.monitor = MonitorNode(self)
+        self.router = Client(self, "router-0")
+        self.agent = Agent(self, "agent-0")
+        self.clients = {client.process: client for client in (self.router, self.agent)}
+        for number in range(5):
+            self.start_rank(f"decode-{number}")
+        self.at(POLL_S, self.rounds)
+
+    def next_number(self) -> int:
+        self._number += 1
+        return self._number
+
+    def at(self, delay_s: float, action: Callable[[], None]) -> None:
+        self._order += 1
+        heapq.heappush(self._queue, (self.now + delay_s, self._order, action))
+
+    def run_until(self, end_s: float) -> None:
+        while self._queue and self._queue[0][0] <= end_s:
+            self.now, _, action = heapq.heappop(self._queue)
+            action()
+        self.now = end_s
+
+    def start_rank(self, name: str) -> None:
+        rank = RankNode(self, name)
+        self.ranks.append(rank)
+        self.clients[rank.process] = rank
+
+    # The network.
+
+    def _delay(self) -> float:
+        slow = self.random.random() < 0.05
+        return self.random.uniform(0.02, 0.3) if slow else self.random.uniform(0.0005, 0.01)
+
+    def _on_link(self, source: str, target: str, action: Callable[[], None], quick: bool = False) -> None:
+        delay_s = 0.001 if quick else self._delay()
+        arrival = max(self.now + delay_s, self._arrival.get((source, target), 0.0) + 1e-6)
+        self._arrival[source, target] = arrival
+        self.at(arrival - self.now, action)
+
+    def tell_monitor(
+        self, client: Client | None, event: Callable[[Monitor, float], list[Action]], lossy: bool = True
+    ) -> None:
+        """What is sent while there is no monitor is lost, but lifelines are opened again."""
+        node = self.monitor
+        if lossy and self.random.random() < self.loss:
+            return
+
+        def deliver() -> None:
+            if node.is_alive:
+                node.run(lambda: self.perform(node, event(node.core, self.now)))
+            elif client is not None and not lossy and client.is_alive:
+                self.at(0.05, client.connect)
+
+        # Lifelines are the kernel's: as quick as the wire, and not lost.
+        source = client.process if client else "kernel"
+        self._on_link(source if lossy else f"lifeline of {source}", node.process, deliver, quick=not lossy)
+
+    def perform(self, node: MonitorNode, wanted: list[Action]) -> None:
+        for action in wanted:
+            match action:
+                case Send(process=process, message=message):
+                    self._send_to(node, ProcessId(process.removesuffix("#beat")), message)
+                case Publish(message=View() as view):
+                    self.on_published(view)
+                case Publish():
+                    pass
+                case Emit(event=event):
+                    self.on_event(node, event)
+                case Exit(reason=reason):
+                    self.log.append(f"{self.now:.3f} monitor exits: {reason}")
+                    self.kill_monitor()
+        if node.core.phase is Phase.ACTIVE and node.is_alive:
+            self.check(node.core)
+
+    def _send_to(self, node: MonitorNode, process: ProcessId, message: Message) -> None:
+        client = self.clients.get(process)
+        if client is None or self.random.random() < self.loss:
+            return
+        target = client
+        self._on_link(node.process, process, lambda: target.run(lambda: target.receive(message)))
+
+    def forward(self, source: RankNode, view: View, endpoints: tuple[str, ...]) -> None:
+        for endpoint in endpoints:
+            target = self.clients.get(ProcessId(endpoint))
+            if target is not None:
+                self._on_link(source.process, endpoint, lambda target=target: target.run(lambda: target.receive(view)))  # type: ignore[misc]
+
+    # Faults.
+
+    def kill_rank(self, rank: RankNode) -> None:
+        if rank.is_alive:
+            self.log.append(f"{self.now:.3f} {rank.process} dies")
+            rank.die()
+            self.agent.on_death(rank)
+
+    def on_signal(self, signal: Signal) -> None:
+        rank = self.clients.get(signal.process)
+        if isinstance(rank, RankNode):
+            self.kill_rank(rank)
+
+    def kill_monitor(self, restart_s: float = 0.5) -> None:
+        if self.monitor.is_alive:
+            self.monitor.is_alive = False
+            self.at(restart_s, self._start_monitor)
+
+    def _start_monitor(self) -> None:
+        self.log.append(f"{self.now:.3f} monitor starts")
+        self.monitor = MonitorNode(self)
+        for client in self.clients.values():
+            # Stopped processes connect too: the kernel queues what comes later.
+            client.later(self.random.uniform(0.02, 0.52), client.connect)
+
+    # The data path: rounds of all members of an epoch.
+
+    def rounds(self) -> None:
+        by_epoch: dict[int, list[RankNode]] = {}
+        for rank in self.ranks:
+            if rank.is_alive and rank.membership.is_member:
+                by_epoch.setdefault(rank.membership.epoch, []).append(rank)
+        for epoch, present in by_epoch.items():
+            self._round(epoch, present)
+        self.at(POLL_S, self.rounds)
+
+    def _round(self, epoch: int, present: list[RankNode]) -> None:
+        view = present[0].membership.view
+        assert view is not None
+        serving = [r for r in present if r.is_running and r.membership.state is RankState.SERVING]
+        here = {rank.membership.rank for rank in serving}
+        missing = tuple(rank for rank in ranks(view) if rank not in here)
+        if not missing and epoch not in self.poisoned:
+            self._clean_round(serving)
+            return
+        for rank in serving:
+            rank.waits_for = missing
+            rank.waiting_since = self.now if rank.waiting_since is None else rank.waiting_since
+            if epoch in self.poisoned:
+                rank.end_round_void(())
+            elif self.now - rank.waiting_since > DEADLINE_S:
+                rank.end_round_void(missing)
+
+    def _clean_round(self, serving: list[RankNode]) -> None:
+        staged = {rank.membership.staged_epoch for rank in serving}
+        next_epoch = staged.pop() if len(staged) == 1 else Epoch(0)
+        for rank in serving:
+            if rank.membership.state is not RankState.SERVING:
+                continue
+            if self.random.random() < 0.0005:
+                rank.end_round_void(())  # a hiccup
+            else:
+                rank.end_round(next_epoch)
+
+    # Promises.
+
+    def on_published(self, view: View) -> None:
+        last = self.views[-1].epoch if self.views else 0
+        if view.epoch <= last:
+            raise Bad(f"view {view.epoch} published after {last}")
+        self.views.append(view)
+        num_local = len(view.placement.physical_to_logical[0][0])
+        if len(view.members) * num_local >= NUM_EXPERTS and orphans(view.placement, ranks(view), NUM_EXPERTS):
+            raise Bad(f"view {view.epoch} leaves experts without a copy although there is room")
+
+    def on_adopted(self, view: View) -> None:
+        if self.adopted.setdefault(view.epoch, digest(view)) != digest(view):
+            raise Bad(f"two views with epoch {view.epoch}")
+
+    def on_event(self, node: MonitorNode, event: dict[str, Any]) -> None:
+        msgspec.msgpack.encode(event)  # what is no plain map fails here
+        self.events.append(event)
+        self.log.append(f"{self.now:.3f} {node.process} {event}")
+        if event["kind"] != "removed" or event["evidence"] in ("left its slot", "not in the group by its own word"):
+            return
+        rank = self.clients[event["process"]]
+        if not rank.is_faulty:
+            raise Bad(f"healthy rank removed: {event}")
+
+    def check(self, core: Monitor) -> None:
+        holders: dict[Rank, ProcessId] = {}
+        for rank in self.ranks:
+            if rank.is_alive and rank.membership.rank != NO_RANK:
+                other = holders.setdefault(rank.membership.rank, rank.process)
+                if other != rank.process:
+                    raise Bad(f"slot {rank.membership.rank} is in the hands of {other} and {rank.process}")
+        current = core.group.current
+        if current is not None and core.group.prepared is not None:
+            assert core.group.prepared.view.epoch > current.epoch
+        for member in core.group.members:
+            slot = core.slots.slots[member.rank]
+            assert (slot.process, slot.incarnation) == (member.process, member.incarnation)
+
+    def settled(self) -> str:
+        """Empty when the group is whole and works; otherwise what is wrong."""
+        core = self.monitor.core
+        view = core.group.current
+        if view is None or len(view.members) != CONFIG.decode.num_ranks:
+            return f"view {view and (view.epoch, ranks(view))}, phase {core.phase}"
+        for member in view.members:
+            rank = self.clients[member.process]
+            assert isinstance(rank, RankNode)
+            if rank.membership.epoch != view.epoch or rank.membership.state is not RankState.SERVING:
+                return f"{rank.process} is {rank.membership.state} in {rank.membership.epoch}, not {view.epoch}"
+        if self.router.view is None or self.router.view.epoch != view.epoch:
+            return f"the router is at {self.router.view and self.router.view.epoch}"
+        return ""
+
+
+def unused_incarnation() -> Incarnation:
+    return Incarnation(0)
