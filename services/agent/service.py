@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -26,18 +27,13 @@ from common.monitor_client import MonitorClient
 from common.process_args import ProcessArgs
 from common.process_table import open_pidfd, processes_of, send_signal, state_of
 from common.service_runner import OperatorError
-from services.agent import signal_requests, supervisor
+from services.agent import child_process, signal_requests, supervisor
 from services.agent.exit_reports import ExitReports
 from services.agent.signal_requests import Answer, Deliver, SignalRequests
 from services.agent.supervisor import GiveUp, Kill, Spawn, Supervisor
 
 _TICK_S = 0.05
 _PROOF_TICK_S = 0.005
-# A rank computes on one core; thread pools of several ranks on one host would only fight each other.
-_ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-_COMPUTE_KINDS = ("prefill", "decode")
-_ROOT = Path(__file__).resolve().parents[2]
-
 log = logging.getLogger("regrow.agent")
 
 Command = Callable[[str, ProcessArgs], Sequence[str]]
@@ -73,6 +69,7 @@ class AgentService:
     async def serve(self, stop: asyncio.Event) -> None:
         """Until everything has been stopped; raises OperatorError when a child without which nothing works gives up."""
         self._take_over()
+        self._remove_old_heaps()
         monitor = asyncio.create_task(self._monitor.run())
         try:
             while not self.supervisor.is_stopped:
@@ -127,6 +124,16 @@ class AgentService:
             self.supervisor.on_spawned(found.name, found.process, found.pid, time.monotonic())
             self._watch(found.name, pidfd)
 
+    def _remove_old_heaps(self) -> None:
+        """Of children whose end no agent saw: the memory of a container's former life would never be given back."""
+        living = {child.process for child in self.supervisor.alive}
+        for name in self.supervisor.children:
+            own = re.compile(re.escape(name) + r"-[0-9a-f]{16}")
+            for heap in self._args.heap_dir.glob(f"{name}-*.heap"):
+                process = heap.name.partition(".")[0]
+                if own.fullmatch(process) and process not in living:
+                    heap.unlink(missing_ok=True)
+
     def _perform(self, actions: Sequence[supervisor.Action]) -> None:
         for action in actions:
             match action:
@@ -151,18 +158,10 @@ class AgentService:
             port=self._args.port if spawn.kind == "router" else 0,
             run_dir=self._args.run_dir,
         )
-        words = self._command(spawn.kind, args)
+        log_path = self._log_path(spawn.name)
+        self._log_starts[spawn.name] = log_path.stat().st_size if log_path and log_path.exists() else 0
         try:
-            pid = os.posix_spawn(
-                words[0],
-                list(words),
-                _environment(spawn.kind),
-                file_actions=self._file_actions(spawn.name),
-                setsid=True,
-                setsigmask=[],
-                setsigdef=[signal.SIGINT, signal.SIGPIPE],
-            )
-            pidfd = os.pidfd_open(pid)
+            pid, pidfd = child_process.start(self._command(spawn.kind, args), spawn.kind, log_path)
         except OSError as error:
             log.error("cannot start %s: %s", spawn.name, error.strerror)
             self._perform(self.supervisor.on_exit(spawn.name, f"cannot start: {error.strerror}", time.monotonic()))
@@ -170,17 +169,6 @@ class AgentService:
         log.info("started %s, pid %d", spawn.name, pid)
         self.supervisor.on_spawned(spawn.name, spawn.process, pid, time.monotonic())
         self._watch(spawn.name, pidfd)
-
-    def _file_actions(self, name: str) -> list[tuple[int, int, str, int, int] | tuple[int, int, int]]:
-        actions: list[tuple[int, int, str, int, int] | tuple[int, int, int]] = [
-            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
-        ]
-        if path := self._log_path(name):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._log_starts[name] = path.stat().st_size if path.exists() else 0
-            actions.append((os.POSIX_SPAWN_OPEN, 1, str(path), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
-            actions.append((os.POSIX_SPAWN_DUP2, 1, 2))
-        return actions
 
     def _log_path(self, name: str) -> Path | None:
         return self._args.run_dir / "logs" / f"{name}.log" if self._args.run_dir else None
@@ -197,7 +185,7 @@ class AgentService:
     def _on_exit(self, name: str) -> None:
         """The pidfd became readable: the process has ended, however it did."""
         now, child = time.monotonic(), self.supervisor.children[name]
-        reason = _reap(self._pidfds[name])
+        reason = child_process.reap(self._pidfds[name])
         self._close_pidfd(name)
         log.warning("%s, pid %d, has ended: %s", name, child.pid, reason)
         process, pid = child.process, child.pid
@@ -209,21 +197,12 @@ class AgentService:
         self._perform(self.supervisor.on_exit(name, reason, now))
 
     def _on_given_up(self, name: str, reason: str, fatal: bool) -> None:
-        text = f"{name} cannot run: {self._last_words(name) or reason}"
+        log_path = self._log_path(name)
+        said = child_process.last_words(log_path, self._log_starts.get(name, 0)) if log_path else ""
+        text = f"{name} cannot run: {said or reason}"
         log.error("%s; %s; it will not be started again", text, reason)
         if fatal and not self._failure:
             self._failure = text
-
-    def _last_words(self, name: str) -> str:
-        """What the last life of the child said about its end."""
-        path = self._log_path(name)
-        if path is None or not path.exists():
-            return ""
-        with path.open("rb") as file:
-            file.seek(max(self._log_starts.get(name, 0), path.stat().st_size - 4096))
-            lines = file.read().decode(errors="replace").split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "")
-        return last.partition(" error: ")[2] or last
 
     def _reap_strangers(self) -> None:
         """Orphans of children come to process 1; nobody else collects them."""
@@ -267,32 +246,6 @@ class AgentService:
             "given_up": sum(child.state is supervisor.ChildState.GIVEN_UP for child in children),
         }
         return Heartbeat(self.process, term=self._monitor.term, counters=counters)
-
-
-def _reap(pidfd: int) -> str:
-    """Why the process ended. A process taken over from another life of the agent has another parent: "gone"."""
-    try:
-        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
-    except ChildProcessError:
-        return "gone"
-    if result is None:
-        return "gone"
-    if result.si_code == os.CLD_EXITED:
-        return f"exit {result.si_status}"
-    try:
-        return f"signal {signal.Signals(result.si_status).name.removeprefix('SIG')}"
-    except ValueError:
-        return f"signal {result.si_status}"  # a real-time signal has no name
-
-
-def _environment(kind: str) -> dict[str, str]:
-    """The agent's own; imports come from this tree, not from a folder ``common`` that lies where the user stands."""
-    environment = dict(os.environ)
-    if kind in _COMPUTE_KINDS:
-        environment = {**dict.fromkeys(_ONE_THREAD, "1"), **environment}
-    environment["PYTHONSAFEPATH"] = "1"
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
-    return environment
 
 
 async def serve(args: ProcessArgs, names: Sequence[str], stop_at_eof: bool, stop: asyncio.Event) -> None:

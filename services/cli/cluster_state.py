@@ -49,7 +49,7 @@ def show_status(url: str, as_json: bool) -> int:
 
 
 def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> Table:
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)  # nine columns in eighty characters
     for column in columns:
         is_text = column in ("state", "host", "name")
         table.add_column(column.replace("_", " "), justify="left" if is_text else "right", no_wrap=True)

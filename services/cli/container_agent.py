@@ -33,7 +33,9 @@ def run_agent(options: ContainerOptions) -> None:
         raise OperatorError(f"unknown role {options.role!r}; the roles are {', '.join(ROLES)}")
     monitor = MonitorAddress.parse(options.monitor_address)
     host = options.host or _address_towards(monitor)
-    name = f"agent-{socket.gethostname()}"
+    # Several agents may share a machine; a container has one, and keeps its name when it is started again.
+    place = socket.gethostname() if os.getpid() == 1 else f"{socket.gethostname()}-{os.getpid()}"
+    name = f"agent-{place}"
     args = ProcessArgs(
         kind="agent",
         monitor_address=monitor,
@@ -46,7 +48,7 @@ def run_agent(options: ContainerOptions) -> None:
         port=options.port,
         run_dir=None,
     )
-    command = agent_command(args, [f"{options.role}-{socket.gethostname()}"])
+    command = agent_command(args, [f"{options.role}-{place}"])
     os.execve(command[0], command, agent_environment())
 
 

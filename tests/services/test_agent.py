@@ -208,6 +208,9 @@ async def test_a_new_life_of_the_agent_takes_the_children_over(stage: _Stage) ->
     task = stage.start(first)
     await stage.until_up(first, "decode-0", "decode-1")
     before = processes_of(stage.directory)
+    kept = [f"{before[0].process}.0.heap", "decode-2-00112233aabbccdd.0.heap", "decode-0-other.0.heap"]
+    for heap in (*kept, "decode-0-00112233aabbccdd.0.heap"):
+        (stage.directory / heap).touch()
     task.cancel()  # as if killed: nothing is stopped
     with contextlib.suppress(asyncio.CancelledError):
         await task
@@ -217,6 +220,7 @@ async def test_a_new_life_of_the_agent_takes_the_children_over(stage: _Stage) ->
     task = stage.start(second)
     await stage.until_up(second, "decode-0", "decode-1")
     assert processes_of(stage.directory) == before
+    assert sorted(heap.name for heap in stage.directory.glob("*.heap")) == sorted(kept)
     os.kill(before[0].pid, signal.SIGKILL)
     report = await stage.expect(Exited)
     assert isinstance(report, Exited) and report.process == before[0].process
