@@ -1,7 +1,7 @@
 """Real decode streams over shared memory, views made by the test: bits equal to one process with all experts."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from common.ids import Epoch
 from common.messages import RollAnswer, RollCall, SlotLeft, TokenBatch, VoidReport
 from common.model.experts import expert_rows
 from services.decode import elastic_exchange
+from services.decode.delivery import Step
 from tests.services.decode_group import MONITOR, Group, Request, decode_group, tiny_config
 
 
@@ -190,6 +191,45 @@ def test_roll_call_is_answered_and_ends_in_the_next_view(tmp_path: Path) -> None
         group.publish(view)
         group.await_outputs(requests)
         assert_exact(group, requests)
+
+
+def test_tokens_of_a_void_round_are_thrown_away(tmp_path: Path) -> None:
+    """One rank finds its round void after it has sampled; its neighbour found the same round clean, and committed."""
+    with decode_group(2, tmp_path) as group:
+        group.form(2)
+        made = group.ranks[0]
+        engine = made.stream._engine
+        assert engine is not None
+        compute, num_left = engine.compute, 4
+
+        def void_once(steps: Sequence[Step]) -> list[tuple[int, float]] | None:
+            nonlocal num_left
+            outputs = compute(steps)
+            num_left -= 1
+            if num_left == 0 and engine.group is not None:
+                engine.group.poison_members()
+                return None
+            return outputs
+
+        engine.compute = void_once  # type: ignore[method-assign]
+        requests = prompts(4)
+        submit_all(group, requests, 2)
+        group.await_told(made, VoidReport)
+        committed = made.stream.counters()["tokens_committed"]
+        view = group.view([0, 1])
+        group.publish(view)
+        group.await_outputs(requests)
+        assert_exact(group, requests)
+        assert made.stream.counters()["void_rounds"] == 1 and committed < 2 * 12
+
+
+def test_a_group_without_work_rests(tmp_path: Path) -> None:
+    with decode_group(2, tmp_path) as group:
+        group.form(2)
+        before = group.ranks[0].stream.num_rounds
+        until = group.now() + 0.5
+        group.wait_until(lambda: group.now() > until)
+        assert 1 <= group.ranks[0].stream.num_rounds - before <= 50, "about one round each idle_poll_s (50 ms)"
 
 
 def test_formation_begins_anew_when_one_dies_in_it(tmp_path: Path) -> None:
