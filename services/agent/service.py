@@ -261,5 +261,6 @@ async def serve(args: ProcessArgs, names: Sequence[str], stop_at_eof: bool, stop
         loop.add_reader(0, on_input)
     with zmq.asyncio.Context() as context:
         await AgentService(args, names, context).serve(stop)
-    with contextlib.suppress(OSError):
-        args.heap_dir.rmdir()  # empty now, unless it is shared with other agents
+    if args.run_dir is not None:
+        with contextlib.suppress(OSError):
+            args.heap_dir.rmdir()  # made for this cluster, and empty now

@@ -53,14 +53,16 @@ async def run_stream(session: aiohttp.ClientSession, url: str, stream: Stream) -
                 _take(stream, chunk)
     except (aiohttp.ClientError, TimeoutError) as error:
         stream.error = f"{type(error).__name__}: {error}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        stream.error = f"the server sent no OpenAI chunk: {error!r}"
     if not stream.is_over:
         stream.error = "the stream ended without a reason"
 
 
 async def _chunks(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
     async for line in response.content:
-        data = line.strip().removeprefix(b"data: ")
-        if data and data != b"[DONE]":
+        field_name, _, data = line.strip().partition(b":")
+        if field_name == b"data" and data.strip() != b"[DONE]":
             yield json.loads(data)
 
 

@@ -33,6 +33,14 @@ def wait_for(what: str, is_so: Callable[[], bool], within_s: float = 60.0) -> No
         time.sleep(0.02)
 
 
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def pid_of(cluster: Cluster, name: str) -> int:
     return next((found.pid for found in processes_of(cluster.run_dir) if found.name == name), 0)
 
@@ -144,6 +152,25 @@ def test_a_broken_checkpoint_is_one_line_and_leaves_nothing(tmp_path: Path) -> N
 def test_mistakes_are_one_line_and_code_2(words: list[str], text: str) -> None:
     command = [sys.executable, "-m", "services.cli", *words]
     assert_one_line(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60), 2, text)
+
+
+def test_the_first_process_of_a_container_is_the_agent_itself() -> None:
+    """Its child, a planner that waits for its monitor, is stopped with it."""
+    words = ["agent", "--role", "planner", "--monitor-address", "127.0.0.1:9"]
+    agent = subprocess.Popen([sys.executable, "-m", "services.cli", *words], cwd=ROOT, stderr=subprocess.PIPE)
+    try:
+        wait_for("it has a child", lambda: bool(children_of(agent.pid)))
+        assert "services.agent" in command_of(agent.pid)
+        (child,) = children_of(agent.pid)
+        wait_for("the child is a planner", lambda: "services.planner" in command_of(child))
+        assert f"--name planner-{socket.gethostname()}-{agent.pid}" in command_of(child)
+        assert "--host 127.0.0.1" in command_of(child)
+        os.kill(child, signal.SIGKILL)
+        wait_for("it is started again", lambda: children_of(agent.pid) not in ([], [child]))
+    finally:
+        agent.terminate()
+        agent.communicate(timeout=30)
+    assert agent.returncode == 0
 
 
 def test_the_command_line_starts_without_torch() -> None:
