@@ -14,6 +14,7 @@ from services.monitor.fences import Fences
 from services.monitor.group import Group
 from services.monitor.prepared_view import PreparedView
 from services.monitor.processes import Process, ProcessTable
+from services.monitor.recovery import place_outsider
 from services.monitor.slots import Slot, SlotState, SlotTable
 from services.monitor.terms import EpochCounter
 from services.monitor.ticks import TickClock
@@ -22,6 +23,8 @@ _WELCOME_AGAIN_S = 0.5
 # A newcomer that had not heard of the dropped view cannot say that it is out of it. Its heartbeats show soon enough
 # that it never went in.
 _NOT_IN_S = 1.0
+# After a take-over; a process that is just starting is heard by then.
+_UNHEARD_S = 20.0
 
 
 class Joining:
@@ -54,11 +57,26 @@ class Joining:
         return [slot.process for slot in held if self._group.member(slot.process) is None]
 
     def on_take_over(self, now: float) -> None:
-        """Some vacant slot may still be in the hands of a process that the last monitor removed and that is stopped.
-        So nobody gets one before every decode process that an agent lists has said what it holds."""
+        """Some process may hold a slot that nobody told of: stopped when the last monitor removed it, or with that
+        monitor's last words still unread. So nobody gets a slot before every decode process, and every one that an
+        agent lists, has been heard and follows this monitor: from then on it refuses older words."""
         children = self._table.children.items()
         self._unheard = {process for process, child in children if child.name.startswith("decode")}
+        self._unheard |= {process.id for process in self._table.of_kind("decode")}
         self._unheard_since = now
+
+    def _hear_out(self, now: float) -> None:
+        for process in sorted(self._unheard):
+            record = self._table.get(process)
+            if record is None and process not in self._table.children:
+                self._unheard.discard(process)
+            elif record is not None and record.beat.term >= self._counter.term:
+                self._unheard.discard(process)
+                if self._slots.of_process(process) is None:
+                    place_outsider(record, self._slots, self._fences, self._config.monitor.adopt_timeout_s, now)
+                    self.to_welcome.append(process)
+            elif self._clock.elapsed(self._unheard_since, now) > _UNHEARD_S:
+                self._fences.put_up(process, now)
 
     def may_have_been_let_in(self, process: ProcessId) -> bool:
         """A newcomer of a dropped view: it may be about to leave its slot, and must not be told that it holds it."""
@@ -102,11 +120,8 @@ class Joining:
             elif self._clock.elapsed(since, now) > self._config.monitor.adopt_timeout_s:
                 self._overdue.add(process)
         self._end_late_join(now)
-        if self._unheard and self._clock.elapsed(self._unheard_since, now) > self._config.monitor.prepare_timeout_s:
-            for process in sorted(self._unheard):
-                self._fences.put_up(process, now)
 
-    def overdue(self, now: float) -> list[ProcessId]:
+    def overdue(self) -> list[ProcessId]:
         """Those to be removed because they neither came in nor went out."""
         overdue, self._overdue = sorted(self._overdue), set()
         return overdue
@@ -164,7 +179,7 @@ class Joining:
                 self._give(slot, process, now)
 
     def _give_slots(self, now: float) -> None:
-        self._unheard = {p for p in self._unheard if p in self._table.children and self._table.get(p) is None}
+        self._hear_out(now)
         if self._unheard:
             return
         for process in self._table.of_kind("decode"):

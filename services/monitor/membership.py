@@ -131,7 +131,7 @@ class Membership:
             for suspect in self._detector.stuck(view, now)[:1]:
                 self._call_roll(view.epoch, f"{self._name(suspect.process)}: {suspect.evidence}", now)
         self._joining.on_tick(now)
-        for process in self._joining.overdue(now):
+        for process in self._joining.overdue():
             self.remove([Removal(process, "did not get ready in time", now)], now)
         self._group.on_tick(now)
 

@@ -44,11 +44,11 @@ def recover(
         outbox.emit("removed", now, epoch=group.epoch, **fields, evidence=evidence, since=outbox.events.wall(now))
     for process in table.of_kind("decode"):
         if slots.of_process(process.id) is None:
-            _place_outsider(process, slots, fences, leave_s, now)
+            place_outsider(process, slots, fences, leave_s, now)
     group.publish(members, "a new monitor has taken over", now)
 
 
-def _place_outsider(process: Process, slots: SlotTable, fences: Fences, leave_s: float, now: float) -> None:
+def place_outsider(process: Process, slots: SlotTable, fences: Fences, leave_s: float, now: float) -> None:
     """Not a member of the highest view. A masked rank stays masked. One that was in an older view is a zombie. A
     newcomer, whom the last monitor gave a slot, is asked to give it back, and gets one like any standby: it may be
     entering a prepared view right now, so that it cannot simply go on."""

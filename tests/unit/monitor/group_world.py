@@ -15,7 +15,7 @@ import msgspec
 
 from common.allegiance import Allegiance
 from common.config import ClusterConfig, DecodeConfig
-from common.ids import NO_RANK, Epoch, Incarnation, ProcessId, Rank
+from common.ids import NO_RANK, Epoch, ProcessId, Rank
 from common.messages import (
     AskView,
     Directory,
@@ -62,7 +62,7 @@ class Node:
         if not self.is_alive:
             return
         if self.stopped_until > self.world.now:
-            self.world.at(self.stopped_until - self.world.now, lambda: self.run(action))
+            self.world.at_time(self.stopped_until, lambda: self.run(action))
         else:
             action()
 
@@ -74,7 +74,7 @@ class Node:
         return self.is_alive and self.stopped_until <= self.world.now
 
     def stop_for(self, seconds: float) -> None:
-        self.stopped_until, self.is_faulty = self.world.now + seconds, True
+        self.stopped_until, self.is_faulty = max(self.stopped_until, self.world.now + seconds), True
 
 
 class Client(Node):
@@ -320,8 +320,12 @@ class World:
         return self._number
 
     def at(self, delay_s: float, action: Callable[[], None]) -> None:
+        self.at_time(self.now + delay_s, action)
+
+    def at_time(self, time_s: float, action: Callable[[], None]) -> None:
+        """Equal times keep the order in which they were asked for."""
         self._order += 1
-        heapq.heappush(self._queue, (self.now + delay_s, self._order, action))
+        heapq.heappush(self._queue, (time_s, self._order, action))
 
     def run_until(self, end_s: float) -> None:
         while self._queue and self._queue[0][0] <= end_s:
@@ -344,7 +348,7 @@ class World:
         delay_s = 0.001 if quick else self._delay()
         arrival = max(self.now + delay_s, self._arrival.get((source, target), 0.0) + 1e-6)
         self._arrival[source, target] = arrival
-        self.at(arrival - self.now, action)
+        self.at_time(arrival, action)
 
     def tell_monitor(
         self, client: Client | None, event: Callable[[Monitor, float], list[Action]], lossy: bool = True
@@ -511,7 +515,3 @@ class World:
         if self.router.view is None or self.router.view.epoch != view.epoch:
             return f"the router is at {self.router.view and self.router.view.epoch}"
         return ""
-
-
-def unused_incarnation() -> Incarnation:
-    return Incarnation(0)

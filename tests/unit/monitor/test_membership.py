@@ -1,0 +1,491 @@
+"""Each rule of membership by itself: who is removed, on what evidence, how soon; and who is not."""
+
+from common.config import ClusterConfig, DecodeConfig
+from common.ids import Epoch, ProcessId
+from common.messages import Prepare, RollCall, Signal, View, Welcome
+from services.monitor.slots import SlotState
+from tests.unit.monitor.driver import CONFIG, Driver
+
+
+def test_a_fresh_cluster_forms_when_it_has_its_size() -> None:
+    driver = Driver()
+    puppets = driver.enter_ranks(2)
+    driver.advance(3.0)
+    assert driver.view is None and [puppet.rank for puppet in puppets] == [0, 1]
+    driver.enter_ranks(1, first=2)
+    driver.advance(0.3)
+    assert driver.ranks == [0, 1, 2]
+    view = driver.view
+    assert view is not None and view.epoch > view.term == 1024
+    assert len({member.incarnation for member in view.members} | {view.epoch}) == 4
+
+
+def test_formation_does_not_wait_for_ever_for_the_desired_size() -> None:
+    driver = Driver()
+    driver.enter_ranks(2)
+    driver.advance(CONFIG.monitor.formation_s - 1)
+    assert driver.view is None
+    driver.advance(2.5)
+    assert driver.ranks == [0, 1]
+
+
+def test_nobody_gets_a_slot_while_the_monitor_listens() -> None:
+    driver = Driver()
+    (puppet,) = driver.enter_ranks(1)
+    driver.advance(0.9)
+    assert puppet.got(Welcome) == []
+    driver.advance(0.2)
+    assert puppet.rank == 0
+
+
+def test_the_fourth_of_three_is_a_standby_and_steps_in() -> None:
+    driver = Driver()
+    puppets = driver.form(4)
+    assert puppets[3].got(Welcome)[0].rank == -1
+    driver.exited(puppets[1])
+    assert driver.ranks == [0, 2]
+    driver.advance(0.5)
+    assert driver.ranks == [0, 1, 2] and puppets[3].rank == 1
+    assert driver.view is not None and driver.view.members[1].incarnation == puppets[3].incarnation
+
+
+def test_an_exit_notice_removes_at_once() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    epoch = driver.epoch
+    driver.exited(puppets[2])
+    assert driver.ranks == [0, 1] and driver.epoch > epoch
+    assert driver.last_event("removed")["evidence"] == "signal KILL"
+    assert "roll_call" not in driver.kinds()
+    assert driver.monitor.slots.slots[2].state is SlotState.FREE
+
+
+def test_a_closed_lifeline_is_a_suspicion_first() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    driver.close_lifeline(puppets[1])
+    assert driver.ranks == [0, 1, 2]
+    driver.advance(0.1)
+    assert driver.ranks == [0, 2]
+    assert driver.last_event("removed")["evidence"] == "lifeline closed"
+
+
+def test_a_lifeline_that_is_opened_again_clears_the_suspicion() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    driver.close_lifeline(puppets[1])
+    driver.open_lifeline(puppets[1])
+    driver.advance(1.0)
+    assert driver.ranks == [0, 1, 2]
+
+
+def test_the_old_connection_may_close_after_the_new_one_is_open() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    driver.open_lifeline(puppets[1])
+    driver.close_lifeline(puppets[1])
+    driver.advance(1.0)
+    assert driver.ranks == [0, 1, 2]
+
+
+def test_silence_removes_after_the_timeout_and_fences() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    puppets[0].is_beating = False
+    driver.advance(CONFIG.monitor.heartbeat_timeout_s - 0.2)
+    assert driver.ranks == [0, 1, 2]
+    driver.advance(0.5)
+    assert driver.ranks == [1, 2]
+    (signal,) = driver.puppets[ProcessId("agent-0-a")].got(Signal)
+    assert (signal.process, signal.signal) == (puppets[0].process, "KILL")
+
+
+def test_the_slot_of_a_fenced_process_waits_for_the_proof_and_another_number_is_given_out() -> None:
+    driver = Driver()
+    puppets = driver.form(4)
+    puppets[0].is_beating = puppets[0].follows = False
+    driver.advance(4.0)
+    assert driver.ranks == [1, 2, 3] and puppets[3].rank == 3
+    fenced = driver.monitor.slots.in_state(SlotState.FENCING)
+    assert [slot.rank for slot in fenced] == [0]
+    driver.exited(puppets[0])
+    assert driver.monitor.slots.in_state(SlotState.FENCING) == []
+
+
+def test_a_fence_is_repeated_until_there_is_proof() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    agent = driver.puppets[ProcessId("agent-0-a")]
+    puppets[0].is_beating = puppets[0].follows = False
+    driver.advance(8.0)
+    signals = agent.got(Signal)
+    assert len(signals) >= 4 and len({signal.id for signal in signals}) == len(signals)
+    driver.exited(puppets[0])
+    driver.advance(3.0)
+    assert len(agent.got(Signal)) == len(signals)
+
+
+def test_a_monitor_that_was_stopped_blames_nobody() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    driver.sleep(60.0)
+    driver.advance(2.0)
+    assert driver.ranks == [0, 1, 2] and "late_tick" in driver.kinds()
+    puppets[0].is_beating = False
+    driver.advance(4.0)
+    assert driver.ranks == [1, 2], "its timers must run again"
+
+
+def test_every_void_ends_in_a_new_view_with_the_same_members() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    epoch = driver.epoch
+    driver.void(puppets[1])
+    assert driver.ranks == [0, 1, 2] and driver.epoch > epoch
+    assert all(puppet.got(RollCall) for puppet in (puppets[0], puppets[2]))
+    assert "removed" not in driver.kinds()
+
+
+def test_a_lost_void_report_costs_one_heartbeat() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    epoch = driver.epoch
+    puppets[1].state = "void"
+    driver.advance(0.2)
+    assert driver.epoch > epoch and driver.ranks == [0, 1, 2]
+
+
+def test_a_void_of_an_old_epoch_changes_nothing() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    old = puppets[1].view
+    driver.void(puppets[0])
+    driver.advance(0.5)
+    epoch = driver.epoch
+    puppets[1].follows = False
+    puppets[1].view, current = old, puppets[1].view
+    driver.void(puppets[1])
+    puppets[1].view, puppets[1].state = current, "serving"
+    driver.advance(1.0)
+    assert driver.epoch == epoch
+
+
+def test_who_does_not_answer_the_roll_call_is_removed_whoever_was_accused() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    puppets[2].answers_roll_calls = False
+    driver.void(puppets[0], accused=(1,))
+    driver.advance(CONFIG.monitor.roll_call_s - 0.2)
+    assert driver.ranks == [0, 1, 2]
+    assert len(puppets[2].got(RollCall)) >= 3, "a lost roll call must not remove anybody"
+    driver.advance(0.4)
+    assert driver.ranks == [0, 1]
+    assert "no answer to the roll call" in driver.last_event("removed")["evidence"]
+
+
+def test_a_heartbeat_that_says_void_is_no_answer() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    for puppet in puppets:
+        puppet.answers_roll_calls = False
+    puppets[2].state = "void"
+    driver.advance(0.2)
+    driver.answer(puppets[0])
+    driver.answer(puppets[1])
+    driver.advance(CONFIG.monitor.roll_call_s + 0.2)
+    assert driver.ranks == [0, 1]
+
+
+def test_the_same_pair_thrice_is_a_broken_path() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    for puppet in puppets:
+        puppet.answers_roll_calls = False
+    for _ in range(3):
+        assert driver.ranks == [0, 1, 2]
+        driver.void(puppets[0], accused=(2,))
+        driver.answer(puppets[1], accused=(2,))
+        driver.answer(puppets[2])
+        driver.advance(0.3)
+    assert driver.ranks == [0, 1]
+    assert driver.last_event("removed")["evidence"] == "the path to it is broken"
+
+
+def test_other_pairs_each_time_are_no_broken_path() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    for puppet in puppets:
+        puppet.answers_roll_calls = False
+    for number in range(9):
+        driver.void(puppets[number % 3], accused=((number + 1) % 3,))
+        for puppet in puppets:
+            driver.answer(puppet) if puppet is not puppets[number % 3] else None
+        driver.advance(0.3)
+    assert driver.ranks == [0, 1, 2]
+
+
+def test_no_progress_while_others_wait_starts_a_roll_call() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    puppets[0].waits_for = puppets[1].waits_for = (2,)
+    driver.advance(CONFIG.monitor.heartbeat_timeout_s - 0.3)
+    assert "roll_call" not in driver.kinds()
+    driver.advance(0.8)
+    assert "rank 2: no progress while ranks [0, 1] wait" in driver.last_event("roll_call")["cause"]
+    assert driver.ranks == [0, 1, 2], "it answered"
+
+
+def test_slow_progress_is_progress() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    puppets[0].waits_for = (2,)
+    for _ in range(5):
+        driver.advance(2.0)
+        puppets[2].progress += 1
+    assert "roll_call" not in driver.kinds()
+
+
+def test_an_idle_group_is_left_alone() -> None:
+    driver = Driver()
+    driver.form()
+    epoch = driver.epoch
+    driver.advance(60.0)
+    assert driver.epoch == epoch
+
+
+def test_a_member_that_does_not_adopt_is_removed() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    puppets[2].follows = False
+    driver.exited(puppets[1])
+    driver.advance(CONFIG.monitor.adopt_timeout_s - 0.3)
+    assert driver.ranks == [0, 2]
+    driver.advance(0.6)
+    assert driver.ranks == [0] and "not adopted" in driver.last_event("removed")["evidence"]
+
+
+def test_a_rank_that_leaves_by_itself_is_out_and_may_come_again() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    incarnation = puppets[1].incarnation
+    driver.leave(puppets[1], driver.epoch)
+    assert driver.ranks == [0, 2]
+    driver.advance(0.5)
+    assert driver.ranks == [0, 1, 2] and puppets[1].incarnation > incarnation
+    assert driver.view is not None and driver.view.members[1].heap.endswith(".1"), "its new heap"
+
+
+def test_two_dead_at_once() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    driver.close_lifeline(puppets[0])
+    driver.close_lifeline(puppets[1])
+    before = len(driver.views)
+    driver.advance(0.1)
+    assert driver.ranks == [2] and len(driver.views) == before + 1
+
+
+def test_all_dead_and_formed_again() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    for puppet in puppets:
+        driver.exited(puppet)
+    assert driver.ranks == [] and driver.view is not None
+    epoch = driver.epoch
+    for number in range(3):
+        driver.enter("decode", f"decode-{number}", f"decode-{number}-b")
+    driver.advance(0.5)
+    assert driver.ranks == [0, 1, 2] and driver.epoch > epoch
+
+
+# Joins.
+
+
+def test_a_join_needs_the_report_of_every_member() -> None:
+    driver = Driver()
+    puppets = driver.form(2 + 1)
+    driver.exited(puppets[2])
+    driver.advance(0.3)
+    puppets[0].follows = False
+    newcomer = driver.enter("decode", "decode-2", "decode-2-b")
+    driver.advance(1.0)
+    (prepare, *repeats) = [prepare for prepare in puppets[0].got(Prepare) if prepare.base_epoch]
+    assert prepare.base_epoch == driver.epoch and repeats, "a lost Prepare must be repeated"
+    assert driver.ranks == [0, 1] and newcomer.epoch == prepare.view.epoch
+    puppets[0].view = prepare.view
+    driver.advance(0.2)
+    assert driver.ranks == [0, 1, 2] and driver.epoch == prepare.view.epoch
+    assert driver.last_event("joined")["rank"] == 2
+
+
+def test_nobody_hears_of_a_newcomer_before_it_is_in_force() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    router = driver.enter("router", "router-0")
+    driver.exited(puppets[2])
+    puppets[0].follows = False
+    driver.enter("decode", "decode-2", "decode-2-b")
+    driver.advance(1.0)
+    assert [len(view.members) for view in router.got(View)] == [2]
+
+
+def test_a_removal_beats_a_join_under_a_new_number() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    driver.exited(puppets[2])
+    driver.advance(0.3)
+    puppets[0].follows = False
+    newcomer = driver.enter("decode", "decode-2", "decode-2-b", follows=False)
+    driver.advance(0.2)
+    (prepared,) = [prepare.view for prepare in puppets[0].got(Prepare) if prepare.base_epoch]
+    driver.exited(puppets[1])
+    assert driver.ranks == [0] and driver.epoch > prepared.epoch
+    assert driver.monitor.group.prepared is None
+    puppets[0].follows = newcomer.follows = True
+    driver.take_slot(newcomer)
+    newcomer.out_of = prepared.epoch
+    driver.receive(puppets[0], driver.view or prepared)
+    driver.advance(0.5)
+    assert driver.ranks == [0, 2] and driver.epoch > prepared.epoch
+
+
+def test_a_dropped_newcomer_prepares_again_only_when_it_is_out() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    driver.exited(puppets[2])
+    driver.advance(0.3)
+    puppets[0].follows = False
+    newcomer = driver.enter("decode", "decode-2", "decode-2-b")
+    driver.advance(0.3)
+    prepared = newcomer.view
+    assert prepared is not None, "it was let in by itself"
+    newcomer.follows = False
+    driver.void(puppets[1])
+    driver.answer(puppets[0])
+    puppets[0].follows = True
+    driver.receive(puppets[0], driver.view or prepared)
+    driver.advance(1.5)
+    assert driver.monitor.group.prepared is None and driver.ranks == [0, 1]
+    driver.leave(newcomer, driver.epoch)
+    newcomer.follows = True
+    driver.advance(0.5)
+    assert driver.ranks == [0, 1, 2]
+
+
+def test_a_newcomer_that_dies_is_dropped_by_a_higher_number() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    driver.exited(puppets[2])
+    driver.advance(0.3)
+    newcomer = driver.enter("decode", "decode-2", "decode-2-b")
+    puppets[0].follows = False
+    driver.advance(0.3)
+    assert newcomer.view is not None
+    prepared = newcomer.view.epoch
+    driver.exited(newcomer)
+    assert driver.epoch > prepared and driver.ranks == [0, 1]
+
+
+def test_a_newcomer_that_never_gets_ready_is_fenced() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    driver.exited(puppets[2])
+    driver.advance(0.3)
+    puppets[0].follows = puppets[1].follows = False
+    newcomer = driver.enter("decode", "decode-2", "decode-2-b", follows=False)
+    driver.advance(1.0)
+    driver.take_slot(newcomer)
+    driver.advance(CONFIG.monitor.prepare_timeout_s + 1)
+    signals = driver.puppets[ProcessId("agent-0-a")].got(Signal)
+    assert {signal.process for signal in signals} >= {newcomer.process}
+
+
+def test_a_joiner_may_be_slow_but_the_group_does_not_wait_for_the_dead() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    driver.exited(puppets[2])
+    newcomer = driver.enter("decode", "decode-2", "decode-2-b", follows=False)
+    newcomer.is_beating = False
+    driver.advance(2 * CONFIG.monitor.heartbeat_timeout_s)
+    assert driver.monitor.joining.joiners() == [newcomer.process]
+    driver.advance(1.5 * CONFIG.monitor.heartbeat_timeout_s)
+    assert driver.monitor.joining.joiners() == [] and driver.ranks == [0, 1]
+
+
+def test_a_lost_welcome_is_repeated() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    driver.exited(puppets[2])
+    newcomer = driver.enter("decode", "decode-2", "decode-2-b", follows=False)
+    driver.advance(2.0)
+    slots = [(welcome.rank, welcome.incarnation) for welcome in newcomer.got(Welcome)]
+    assert len(slots) >= 3 and len(set(slots)) == 1
+
+
+def test_a_formation_that_loses_a_rank_starts_again_with_the_others() -> None:
+    driver = Driver()
+    driver.enter("agent", "agent-0")
+    puppets = driver.enter_ranks(3)
+    for puppet in puppets[:2]:
+        puppet.follows = False
+    driver.advance(1.2)
+    prepared = puppets[0].got(Prepare)[0].view
+    driver.exited(puppets[2])
+    for puppet in puppets[:2]:
+        again = puppet.got(Prepare)[-1]
+        assert again.base_epoch == 0 and again.view.epoch > prepared.epoch and len(again.view.members) == 2
+        driver.take_slot(puppet)
+        puppet.view = again.view
+    driver.advance(0.2)
+    assert driver.ranks == [0, 1]
+
+
+def test_a_void_during_formation_starts_it_again() -> None:
+    driver = Driver()
+    puppets = driver.enter_ranks(3)
+    puppets[2].follows = False
+    driver.advance(1.2)
+    prepared = puppets[0].view
+    assert prepared is not None and driver.view is None
+    driver.void(puppets[0])
+    assert puppets[1].epoch > prepared.epoch
+    assert puppets[2].got(Prepare)[-1].base_epoch == 0
+
+
+def test_one_desired_rank_is_a_group() -> None:
+    driver = Driver(ClusterConfig(decode=DecodeConfig(num_ranks=1, max_ranks=2)))
+    (puppet,) = driver.form(1)
+    epoch = driver.epoch
+    driver.void(puppet)
+    assert driver.epoch > epoch and driver.ranks == [0]
+
+
+def test_experts_are_repaired_and_their_lack_is_told() -> None:
+    decode = DecodeConfig(num_ranks=3, max_ranks=5, num_redundant_experts=0)
+    driver = Driver(ClusterConfig(decode=decode))
+    puppets = driver.form()
+    driver.exited(puppets[2])
+    assert driver.last_event("degraded")["num_orphans"] == 4
+    driver.enter("decode", "decode-2", "decode-2-b")
+    driver.advance(0.5)
+    assert driver.ranks == [0, 1, 2] and driver.kinds().count("degraded") == 1
+
+
+def test_a_placement_that_did_not_change_keeps_its_version() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    assert driver.view is not None
+    version = driver.view.placement.version
+    driver.void(puppets[0])
+    assert driver.view.placement.version == version and driver.epoch > version
+
+
+def test_epochs_are_unique_over_everything() -> None:
+    driver = Driver()
+    puppets = driver.form(4)
+    for puppet in puppets[:3]:
+        driver.void(puppets[3] if puppets[3].view else puppets[1])
+        driver.exited(puppet)
+        driver.advance(0.5)
+    epochs = [view.epoch for view in driver.views]
+    assert epochs == sorted(set(epochs)) and Epoch(0) not in epochs

@@ -1,0 +1,169 @@
+"""A monitor starts beside a group that lives: it learns, and changes nothing before it is sure."""
+
+from common.ids import NO_RANK, ProcessId
+from common.messages import Exited, Signal, Welcome
+from services.monitor.slots import SlotState
+from services.monitor.takeover import Phase
+from tests.unit.monitor.driver import CONFIG, NUM_EXPERTS, Driver, Puppet
+
+
+def _restart(driver: Driver, num_experts: int = NUM_EXPERTS) -> None:
+    """The processes live on; each greets when it hears of the new term, as `common.monitor_client` does."""
+    driver.replace_monitor("monitor-2", num_experts)
+    for puppet in driver.puppets.values():
+        puppet.received.clear()
+        driver.open_lifeline(puppet)
+
+
+def _greet_new_term(driver: Driver, puppets: list[Puppet], seconds: float = 1.2) -> None:
+    driver.advance(seconds)
+    for puppet in puppets:
+        puppet.term = driver.monitor.counter.term
+        driver.hello(puppet)
+
+
+def test_the_group_goes_on_under_a_new_term_with_a_fresh_view() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    before = driver.view
+    assert before is not None
+    _restart(driver)
+    _greet_new_term(driver, list(driver.puppets.values()))
+    driver.advance(0.6)
+    after = driver.view
+    assert after is not None and after.members == before.members
+    assert after.term == 2048 and after.epoch > after.term > before.epoch
+    assert after.placement == before.placement
+    assert all(puppet.epoch == after.epoch for puppet in puppets)
+
+
+def test_it_waits_for_a_silent_member_for_a_heartbeat_timeout_and_no_longer() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    puppets[2].is_beating = puppets[2].follows = False
+    _restart(driver)
+    _greet_new_term(driver, [*puppets[:2], driver.puppets[ProcessId("agent-0-a")]])
+    driver.advance(CONFIG.monitor.heartbeat_timeout_s - 0.5)
+    assert driver.monitor.phase is Phase.GATHERING
+    assert driver.monitor.group.current is None
+    driver.advance(0.6)
+    assert driver.ranks == [0, 1]
+    assert driver.monitor.slots.slots[2].state is SlotState.FENCING
+
+
+def test_the_word_of_an_agent_spares_the_wait() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    puppets[2].is_beating = puppets[2].follows = False
+    agent = driver.puppets[ProcessId("agent-0-a")]
+    _restart(driver)
+    driver.advance(0.5)
+    driver.say(agent, Exited("agent-0", puppets[2].process, "decode-2", 7, "signal KILL"))
+    _greet_new_term(driver, [*puppets[:2], agent], 0.7)
+    driver.advance(0.6)
+    assert driver.ranks == [0, 1]
+    assert driver.monitor.slots.in_state(SlotState.FENCING) == []
+
+
+def test_no_standby_gets_a_slot_before_the_members_are_known() -> None:
+    driver = Driver()
+    puppets = driver.form(4)
+    _restart(driver)
+    driver.advance(1.2)
+    puppets[3].term = driver.monitor.counter.term
+    driver.hello(puppets[3])
+    driver.advance(1.0)
+    assert puppets[3].got(Welcome) == [] and driver.monitor.slots.num_taken == 0
+
+
+def test_a_late_member_is_a_zombie_and_fenced() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    puppets[2].is_beating = puppets[2].follows = False
+    agent = driver.puppets[ProcessId("agent-0-a")]
+    _restart(driver)
+    _greet_new_term(driver, [*puppets[:2], agent])
+    driver.advance(4.0)
+    assert driver.ranks == [0, 1]
+    driver.hello(puppets[2])
+    driver.advance(0.1)
+    assert [(s.process, s.signal) for s in agent.got(Signal)][-1] == (puppets[2].process, "KILL")
+    assert driver.ranks == [0, 1] and puppets[2].got(Welcome)[-1].rank == NO_RANK
+
+
+def test_a_void_that_the_old_monitor_missed_is_ended_by_the_new_one() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    for puppet in puppets:
+        puppet.state = "void"
+    _restart(driver)
+    _greet_new_term(driver, list(driver.puppets.values()))
+    driver.advance(0.6)
+    assert driver.ranks == [0, 1, 2] and all(puppet.state == "serving" for puppet in puppets)
+
+
+def test_nobody_gets_a_slot_while_a_listed_decode_process_is_unheard() -> None:
+    driver = Driver()
+    puppets = driver.form(4)
+    driver.exited(puppets[2])
+    driver.advance(0.5)
+    stopped = driver.enter("decode", "decode-9")
+    driver.advance(0.2)
+    stopped.is_beating = stopped.follows = False
+    _restart(driver)
+    agent = driver.puppets[ProcessId("agent-0-a")]
+    driver.advance(1.2)
+    agent.term = 2048
+    driver.hello(agent, children=(puppets[0], puppets[1], puppets[3], stopped))
+    for puppet in (puppets[0], puppets[1], puppets[3]):
+        puppet.term = 2048
+        driver.hello(puppet)
+    driver.advance(1.0)
+    assert driver.ranks == [0, 1, 2]
+    driver.exited(puppets[1])
+    spare = driver.enter("decode", "decode-5")
+    spare.term = 2048
+    driver.advance(2.0)
+    assert driver.ranks == [0, 2], "decode-9 might hold the vacant slot"
+    driver.exited(stopped)
+    driver.advance(0.5)
+    assert driver.ranks == [0, 1, 2]
+
+
+def test_a_monitor_that_was_replaced_exits() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    puppets[0].term = 4096
+    driver.beat(puppets[0])
+    assert "term 4096 has taken over" in driver.exits[0]
+
+
+def test_while_gathering_it_opens_a_higher_term_instead() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    _restart(driver)
+    driver.advance(1.2)
+    assert driver.monitor.counter.term == 2048
+    puppets[0].term = 7000
+    driver.beat(puppets[0])
+    assert driver.monitor.counter.term == 7168 and driver.exits == []
+
+
+def test_a_process_that_follows_another_monitor_of_this_term_ends_it() -> None:
+    driver = Driver()
+    driver.form()
+    stranger = Puppet(ProcessId("decode-8-x"), "decode", "decode-8", term=1024)
+    driver.puppets[stranger.process] = stranger
+    driver.advance(1.0)
+    assert driver.exits == []
+    driver.advance(3.0)
+    assert "another monitor of term 1024" in driver.exits[0]
+
+
+def test_another_model_in_the_running_group_is_refused() -> None:
+    driver = Driver()
+    driver.form()
+    _restart(driver, num_experts=8)
+    _greet_new_term(driver, list(driver.puppets.values()))
+    driver.advance(1.0)
+    assert "another model" in driver.exits[0]
