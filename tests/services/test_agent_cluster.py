@@ -136,6 +136,17 @@ def test_a_broken_checkpoint_is_one_line_and_leaves_nothing(tmp_path: Path) -> N
     assert not RunDirectory(tmp_path / "run", -1).heap_dir.exists()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_demo_compares_every_stream_and_cleans_up() -> None:
+    command = [sys.executable, "-m", "services.cli", "demo", "--model", str(TINY_RANDOM)]
+    command += ["--decode-ranks", "2", "--streams", "4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "streams equal to the fault-free run  4 of 4" in done.stdout
+    assert "serves again after" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
