@@ -11,8 +11,10 @@ Shapes: L mixture-of-experts layers, E logical experts, T tokens, K experts of o
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -113,10 +115,11 @@ def repair(physical_to_logical: PhysicalToLogical, members: Sequence[int], num_l
     layers: list[tuple[tuple[int, ...], ...]] = []
     moved: list[Move] = []
     orphans: list[tuple[int, int]] = []
+    everything = set(range(num_logical_experts))
     for layer, rows in enumerate(physical_to_logical):
-        held = {expert for rank in members for expert in rows[rank]}
-        missing = [expert for expert in range(num_logical_experts) if expert not in held]
-        moves, left = _repair_layer(layer, rows, members, missing) if missing else ([], [])
+        num_copies = Counter(chain.from_iterable(rows[rank] for rank in members))
+        missing = sorted(everything.difference(num_copies))
+        moves, left = _repair_layer(layer, rows, members, num_copies, missing) if missing else ([], [])
         moved += moves
         orphans += [(layer, expert) for expert in left]
         layers.append(_with_moves(rows, moves))
@@ -124,12 +127,22 @@ def repair(physical_to_logical: PhysicalToLogical, members: Sequence[int], num_l
 
 
 def _repair_layer(
-    layer: int, rows: tuple[tuple[int, ...], ...], members: Sequence[int], missing: list[int]
+    layer: int,
+    rows: tuple[tuple[int, ...], ...],
+    members: Sequence[int],
+    num_copies: Counter[int],
+    missing: list[int],
 ) -> tuple[list[Move], list[int]]:
+    # The only copy of an expert stays where it is, also when others have been placed: it is no candidate ever.
+    spare = [
+        (rank, local, expert)
+        for rank in members
+        for local, expert in enumerate(rows[rank])
+        if expert == EMPTY or num_copies[expert] > 1
+    ]
     holders: dict[int, list[int]] = {}
-    for rank in sorted(members):
-        for expert in rows[rank]:
-            holders.setdefault(expert, []).append(rank)
+    for rank, _, expert in spare:
+        holders.setdefault(expert, []).append(rank)
     num_moved = dict.fromkeys(members, 0)
 
     def harm(rank: int, local: int) -> tuple[int, int, int, int]:
@@ -142,7 +155,7 @@ def _repair_layer(
             first = -len(holders[expert])
         return (first, num_moved[rank], rank, local)
 
-    candidates = [harm(rank, local) for rank in members for local in range(len(rows[rank]))]
+    candidates = [harm(rank, local) for rank, local, _ in spare]
     heapq.heapify(candidates)
     moves: list[Move] = []
     for number, orphan in enumerate(missing):
@@ -177,10 +190,10 @@ def _least_harmful(
 def _with_moves(rows: tuple[tuple[int, ...], ...], moves: list[Move]) -> tuple[tuple[int, ...], ...]:
     if not moves:
         return rows
-    changed = [list(row) for row in rows]
+    changed = {move.rank: list(rows[move.rank]) for move in moves}
     for move in moves:
         changed[move.rank][move.local] = move.logical_expert
-    return tuple(tuple(row) for row in changed)
+    return tuple(tuple(changed[rank]) if rank in changed else row for rank, row in enumerate(rows))
 
 
 class ReplicaChoice:
