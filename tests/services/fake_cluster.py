@@ -315,7 +315,7 @@ async def fake_cluster(num_decodes: int = 2, num_prefills: int = 1, **router: fl
     config = ClusterConfig(model=ModelConfig(path=str(TINY_RANDOM)), router=RouterConfig(**settings))  # type: ignore[arg-type]
     context = zmq.asyncio.Context()
     try:
-        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(100), asyncio.TaskGroup() as group:
             cluster = FakeCluster(context, group, config)
             for rank in range(num_decodes):
                 cluster.add_decode(rank)
