@@ -1,7 +1,7 @@
-"""A real cluster in a temporary run directory, and a client that records what it received and when.
+"""A real cluster in a temporary run directory, and clients that record what they received and when.
 
 `Cluster` starts ``regrow up``, waits for its ready line with a deadline, and fails when anything is left behind after
-the stop. `Stream` is one request as its client saw it.
+the stop.
 """
 
 import asyncio
@@ -14,16 +14,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
+from services.cli.chat_client import Stream, run_streams
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY_RANDOM = ROOT / "tests" / "fixtures" / "tiny-random"
 START_S = 90.0
+STREAMS_S = 110.0
 
 
 class Cluster:
@@ -128,61 +130,18 @@ def _free_port() -> int:
         return port
 
 
-@dataclass
-class Stream:
-    """One request and what its client received."""
-
-    body: dict[str, Any]
-    text: str = ""
-    logprobs: list[float] = field(default_factory=list)  # of the chosen tokens, exact
-    times: list[float] = field(default_factory=list)  # arrival of each chunk with text or tokens, monotonic seconds
-    finish: str = ""
-    error: str = ""
-
-    @property
-    def outcome(self) -> tuple[str, list[str], str]:
-        """What must be the same in every run: text, bits of each token's log-probability, reason of the end."""
-        return self.text, [value.hex() for value in self.logprobs], self.finish
-
-    @property
-    def largest_gap_s(self) -> float:
-        return max((b - a for a, b in zip(self.times, self.times[1:], strict=False)), default=0.0)
-
-
-async def stream(
-    session: aiohttp.ClientSession, url: str, body: dict[str, Any], record: Stream | None = None
-) -> Stream:
-    """Runs one streamed completion to its end."""
-    record = record or Stream(body)
-    async with session.post(f"{url}/v1/completions", json={**body, "stream": True}) as response:
-        if response.status != 200:
-            record.error = f"{response.status} {await response.text()}"
-            return record
-        async for line in response.content:
-            if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
-                continue
-            chunk = json.loads(line[6:])
-            if "error" in chunk:
-                record.error = json.dumps(chunk["error"])
-                return record
-            for choice in chunk["choices"]:
-                record.times.append(time.monotonic())
-                record.text += choice["text"]
-                record.logprobs += (choice.get("logprobs") or {}).get("token_logprobs", [])
-                record.finish = choice.get("finish_reason") or record.finish
-    return record
+def outcome(stream: Stream) -> tuple[str, list[str], str]:
+    """What must be the same in every run: text, bits of each token's log-probability, reason of the end."""
+    return stream.text, [value.hex() for value in stream.logprobs], stream.finish
 
 
 async def stream_all(
-    url: str, bodies: list[dict[str, Any]], during: Callable[[list[Stream]], Any] | None = None
+    url: str, bodies: list[dict[str, Any]], during: Callable[[list[Stream]], Awaitable[None]] | None = None
 ) -> list[Stream]:
     """All requests side by side; ``during`` is awaited meanwhile (inject a fault there)."""
     records = [Stream(body) for body in bodies]
-    timeout = aiohttp.ClientTimeout(total=110)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session, asyncio.TaskGroup() as group:
-        for record in records:
-            group.create_task(stream(session, url, record.body, record))
+    async with asyncio.TaskGroup() as group:
+        group.create_task(run_streams(url, records, len(records), STREAMS_S))
         if during is not None:
             await during(records)
     return records
@@ -191,7 +150,7 @@ async def stream_all(
 async def until_tokens(records: list[Stream], num_tokens: int, within_s: float = 60.0) -> None:
     """Waits until every stream has that many chunks (or has ended): a fault now is a fault in mid-stream."""
     deadline = time.monotonic() + within_s
-    while not all(len(record.times) >= num_tokens or record.finish or record.error for record in records):
+    while not all(len(record.times) >= num_tokens or record.is_over for record in records):
         assert time.monotonic() < deadline, f"streams stuck at {[len(record.times) for record in records]}"
         await asyncio.sleep(0.005)
 
