@@ -15,6 +15,7 @@ class Stream:
     """One request and what came back. ``times``: arrival of each piece of text, monotonic seconds."""
 
     body: dict[str, Any]
+    id: str = ""  # the server's
     text: str = ""
     logprobs: list[float] = field(default_factory=list)  # of the chosen tokens
     times: list[float] = field(default_factory=list)
@@ -70,6 +71,7 @@ def _take(stream: Stream, chunk: dict[str, Any]) -> None:
     if "error" in chunk:
         stream.error = str(chunk["error"].get("message", chunk["error"]))
         return
+    stream.id = chunk.get("id", stream.id)
     for choice in chunk["choices"]:
         text = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
         logprobs = choice.get("logprobs") or {}

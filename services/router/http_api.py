@@ -48,6 +48,7 @@ class Gateway(Protocol):
         ...
 
     async def cluster_status(self) -> dict[str, Any]: ...
+    def requests_in_flight(self) -> list[dict[str, object]]: ...
     def render_metrics(self) -> bytes: ...
 
 
@@ -88,6 +89,7 @@ class HttpApi:
         app.router.add_get("/version", self._version)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/cluster", self._cluster)
+        app.router.add_get("/requests", self._requests)
         return app
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
@@ -195,6 +197,10 @@ class HttpApi:
 
     async def _metrics(self, request: web.Request) -> web.Response:
         return web.Response(body=self._gateway.render_metrics(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def _requests(self, request: web.Request) -> web.Response:
+        """What this router has in flight; the id is that of the answer without ``cmpl-`` or ``chatcmpl-``."""
+        return _json({"requests": self._gateway.requests_in_flight()})
 
     async def _cluster(self, request: web.Request) -> web.Response:
         return _json(await self._gateway.cluster_status())

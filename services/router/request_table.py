@@ -68,6 +68,20 @@ class RequestTable:
     def num_prefill_workers(self) -> int:
         return len(self._prefill)
 
+    def snapshot(self) -> list[dict[str, object]]:
+        """Every request in flight, for people: where it is and how far. ``rank`` is -1 while it has no place."""
+        return [
+            {
+                "id": request.id,
+                "state": request.state.value,
+                "attempt": request.attempt,
+                "rank": request.place.rank if request.place else -1,
+                "num_prompt_tokens": len(request.prompt),
+                "num_output_tokens": len(request.outputs),
+            }
+            for request in self._requests.values()
+        ]
+
     def request(self, request: RequestId) -> RequestLifecycle | None:
         return self._requests.get(request)
 

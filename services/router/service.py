@@ -144,6 +144,9 @@ class Router:
     async def cluster_status(self) -> dict[str, Any]:
         return await self._status.get()
 
+    def requests_in_flight(self) -> list[dict[str, object]]:
+        return self._table.snapshot()
+
     def render_metrics(self) -> bytes:
         self._metrics.requests_running.set(self._table.num_running)
         self._metrics.requests_waiting.set(len(self._table) - self._table.num_running)
