@@ -9,36 +9,27 @@ known, and as many streams with the longest gaps after the kill are counted as i
 """
 
 import asyncio
-import contextlib
-import ctypes
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import zmq.asyncio
-
-from common.bus import BusSubscriber
 from common.messages import View
 from common.monitor_address import MonitorAddress
 from services.cli.chat_client import Stream, model_name, new_session, run_streams
 from services.cli.cluster_state import fetch_cluster
 from services.cli.fault import FaultClient, fault_event, proof_of
-from services.cli.run_directory import RunDirectory, read_description
-from services.cli.up import agent_environment
+from services.cli.run_directory import read_description
+from services.cli.temporary_cluster import ClusterDidNotStart, temporary_cluster
+from services.cli.view_watch import watch_views
 
-_READY_S = 300.0
 _STREAMS_S = 240.0
 _REJOIN_S = 120.0
-_STOP_S = 60.0
 _PROGRESS_S = 0.5
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +50,11 @@ def demo(options: DemoOptions) -> int:
     with tempfile.TemporaryDirectory(prefix="regrow-demo-") as directory:
         run_dir = Path(directory).resolve() / "run"
         try:
-            with _cluster(options, run_dir) as url:
+            _say(f"starts a cluster with {options.decode_ranks} decode ranks")
+            with temporary_cluster(run_dir, options.model, options.decode_ranks, 1) as url:
+                _say(f"ready: {url}")
                 code = asyncio.run(_show(options, url, run_dir))
-        except* DemoFailed as failures:
+        except* (DemoFailed, ClusterDidNotStart) as failures:
             print(f"regrow demo: error: {_first(failures)}", file=sys.stderr)
     return code
 
@@ -76,47 +69,6 @@ def _exit_in_order(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-@contextlib.contextmanager
-def _cluster(options: DemoOptions, run_dir: Path) -> Iterator[str]:
-    """Its address, once it is ready; stopped and gone afterwards."""
-    port, libc = _free_port(), ctypes.CDLL(None)
-    command = [sys.executable, "-m", "services.cli", "up", "--port", str(port), "--run-dir", str(run_dir)]
-    command += ["--decode-ranks", str(options.decode_ranks), "--prefill-workers", "1", "--model", str(options.model)]
-    _say(f"starts a cluster with {options.decode_ranks} decode ranks")
-    process = subprocess.Popen(
-        command,
-        env=agent_environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C comes here, and the cluster is stopped once
-        preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _wait_ready(process, url)
-        yield url
-    finally:
-        process.terminate()
-        try:
-            process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            RunDirectory.acquire(run_dir).remove_left_over()
-        if process.stdout is not None:
-            process.stdout.close()
-
-
-def _wait_ready(process: "subprocess.Popen[bytes]", url: str) -> None:
-    assert process.stdout is not None
-    # `regrow up` has a deadline of its own for this, and says why when it passes.
-    for line in process.stdout:
-        if line.decode().strip() == f"ready {url}":
-            _say(f"ready: {url}")
-            return
-    raise DemoFailed("the cluster did not start")
-
-
 async def _show(options: DemoOptions, url: str, run_dir: Path) -> int:
     async with new_session(30.0) as session:
         model = await model_name(session, url)
@@ -129,7 +81,7 @@ async def _show(options: DemoOptions, url: str, run_dir: Path) -> int:
     actual = [Stream(body) for body in bodies]
     _say("the same requests again, and a kill in the middle")
     address = MonitorAddress.parse(read_description(run_dir).monitor_address)
-    async with _watch(address) as views:
+    async with watch_views(address) as views:
         show = _Show(url, FaultClient(address), expected, actual, views)
         async with asyncio.TaskGroup() as group:
             group.create_task(run_streams(url, actual, len(bodies), _STREAMS_S))
@@ -152,29 +104,6 @@ def _bodies(model: str, options: DemoOptions) -> list[dict[str, Any]]:
             task = {"prompt": ids, "logprobs": 0, "ignore_eos": True}
         bodies.append({"model": model, "max_tokens": 500, **task, **sampling})
     return bodies
-
-
-@contextlib.asynccontextmanager
-async def _watch(address: MonitorAddress) -> AsyncIterator[list[tuple[float, View]]]:
-    """A list that grows by (monotonic seconds, view) with every view on the bus."""
-    views: list[tuple[float, View]] = []
-    with zmq.asyncio.Context() as context:
-        subscriber = BusSubscriber(context, address, ("view",))
-
-        async def receive() -> None:
-            while True:
-                _, message = await subscriber.receive()
-                if isinstance(message, View):
-                    views.append((time.monotonic(), message))
-
-        task = asyncio.create_task(receive())
-        try:
-            yield views
-        finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-            subscriber.close()
 
 
 class _Show:
@@ -276,13 +205,6 @@ async def _until(condition: Callable[[], bool], within_s: float, otherwise: str)
         if time.monotonic() > deadline:
             raise DemoFailed(f"{otherwise} within {within_s:.0f} s")
         await asyncio.sleep(0.005)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _ms(seconds: float) -> str:

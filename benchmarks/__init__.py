@@ -1,0 +1,1 @@
+"""Measurements; results/ holds each with hardware, date, commit and command."""

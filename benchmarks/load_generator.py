@@ -1,0 +1,66 @@
+"""A load generator in a process of its own: keeps a number of streams open until told to stop, and records each.
+
+    python -m benchmarks.load_generator URL BODIES.json OUTPUT.json --streams 32
+
+BODIES.json is a list of request bodies, used in turn. SIGTERM: no new streams, finish the open ones, write, exit. Times
+are CLOCK_MONOTONIC seconds, which all processes of a host share.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+from services.cli.chat_client import Stream, new_session, run_stream
+
+_REQUEST_S = 300.0
+
+
+async def generate(url: str, bodies: list[dict[str, Any]], num_streams: int) -> list[dict[str, Any]]:
+    """One record for each request that was sent; ``body`` is its index in ``bodies``."""
+    stopping = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
+    numbers, records = itertools.count(), []
+    async with new_session(_REQUEST_S) as session, asyncio.TaskGroup() as group:
+
+        async def keep_one_open() -> None:
+            while not stopping.is_set():
+                index = next(numbers) % len(bodies)
+                stream = Stream(bodies[index])
+                await run_stream(session, url, stream)
+                records.append(_record(index, stream))
+
+        for _ in range(num_streams):
+            group.create_task(keep_one_open())
+    return records
+
+
+def _record(index: int, stream: Stream) -> dict[str, Any]:
+    return {
+        "body": index,
+        "id": stream.id.partition("-")[2],
+        "text": stream.text,
+        "logprobs": [value.hex() for value in stream.logprobs],
+        "times": stream.times,
+        "finish": stream.finish,
+        "error": stream.error,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("url")
+    parser.add_argument("bodies", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--streams", type=int, required=True)
+    arguments = parser.parse_args()
+    bodies = json.loads(arguments.bodies.read_text())
+    records = asyncio.run(generate(arguments.url, bodies, arguments.streams))
+    arguments.output.write_text(json.dumps(records))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+import pytest
+
+from benchmarks.failover_report import Fault, gap_around, gaps_by_group, join_pauses, percentile, rate, summary, table
+
+
+def _record(id: str, times: list[float], logprobs: tuple[str, ...] = ("a", "b"), body: int = 0) -> dict[str, object]:
+    return {
+        "body": body,
+        "id": id,
+        "text": "".join(logprobs),
+        "logprobs": list(logprobs),
+        "times": times,
+        "finish": "length",
+        "error": "",
+    }
+
+
+FAULT = Fault("kill", 1, at=10.0, removed_at=10.05, rejoined_at=14.0, victims=("v",))
+
+
+def test_the_gap_that_the_fault_falls_into_counts_and_earlier_ones_do_not() -> None:
+    assert gap_around([0.0, 5.0, 9.0, 9.9, 10.4, 10.5], 10.0) == pytest.approx(0.9)
+    assert gap_around([9.8, 9.9, 11.9, 12.0], 10.0) == pytest.approx(2.0)
+
+
+def test_a_stream_that_was_not_open_at_the_fault_has_no_gap() -> None:
+    assert gap_around([1.0, 2.0, 9.8], 10.0) is None
+    assert gap_around([10.1, 10.2], 10.0) is None
+
+
+def test_victims_and_survivors_are_kept_apart() -> None:
+    records = [_record("v", [9.9, 10.6, 10.7]), _record("s", [9.9, 10.1, 10.2])]
+    groups = gaps_by_group(records, [FAULT])
+    assert groups["kill victims"] == [pytest.approx(0.7)] and groups["kill survivors"] == [pytest.approx(0.2)]
+
+
+def test_the_pause_of_a_join_is_the_longest_wait_around_it() -> None:
+    records = [_record("s", [13.0, 13.8, 14.2, 15.5, 17.0])]
+    assert join_pauses(records, [FAULT]) == [pytest.approx(1.3)]
+
+
+def test_a_lost_token_and_a_doubled_one_show_as_such() -> None:
+    expected = [_record("e0", [0.0, 1.0], body=0), _record("e1", [0.0, 1.0], body=1)]
+    records = [_record("v", [9.0, 11.0], ("a",), body=0), _record("s", [9.0, 11.0], ("a", "b", "b"), body=1)]
+    figures = summary(records, expected, [FAULT], (8.0, 16.0))
+    assert (figures["requests"], figures["completed"], figures["equal_to_fault_free"]) == (2, 2, 0)
+    assert (figures["tokens_lost"], figures["tokens_doubled"]) == (1, 1)
+    assert figures["kill_to_view_s p50"] == pytest.approx(0.05)
+    assert "| kill to view p50 | 50 ms |" in table(figures)
+
+
+def test_rate_and_percentile() -> None:
+    assert rate([_record("s", [0.0, 0.5, 1.0, 1.5])], 0.0, 1.0) == 2.0
+    assert percentile([], 0.5) == 0.0 and percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert percentile(list(range(100)), 0.99) == 99
