@@ -41,6 +41,8 @@ class RequestTable:
         self._directory: Directory | None = None
         self._ranks: dict[Rank, RankLoad] = {}
         self._prefill: tuple[ProcessId, ...] = ()
+        self._filling: set[Rank] = set()  # new ranks that running requests still move to
+        self._moving: set[RequestId] = set()  # moved there and not yet decoding again
         self._num_stale_tokens = 0  # of requests that have left the table, or known to none
 
     def __len__(self) -> int:
@@ -128,9 +130,9 @@ class RequestTable:
         for request in self._requests.values():
             if request.place is not None and not self._holds(request.place):
                 actions += request.replace("rank lost", now)
-        actions = self._settle(actions, now)
         added = {rank for rank, load in self._ranks.items() if load is not old.get(rank)}
-        return actions + self._even_out(added, now)
+        self._filling = (self._filling & self._ranks.keys()) | added
+        return self._settle(actions, now)
 
     def on_directory(self, directory: Directory, now: float) -> list[Action]:
         if self._directory and (directory.term, directory.version) <= (self._directory.term, self._directory.version):
@@ -204,7 +206,7 @@ class RequestTable:
         for request in [request for request in self._requests.values() if request.ended]:
             self._num_stale_tokens += request.num_stale_tokens
             del self._requests[request.id]
-        return actions + self._place_waiting(now)
+        return actions + self._place_waiting(now) + self._even_out(now)
 
     def _place_waiting(self, now: float) -> list[Action]:
         waiting = [r for r in self._requests.values() if r.state in _WAITING and now >= r.not_before]
@@ -219,20 +221,26 @@ class RequestTable:
             actions += self._place(request, rank, pending, now)
         return actions
 
-    def _even_out(self, added: set[Rank], now: float) -> list[Action]:
+    def _even_out(self, now: float) -> list[Action]:
+        """Moves requests to new ranks, as many at a time as there are prefill workers: a move pauses its stream for one
+        prefill, and for all those queued before it."""
+        self._moving = {id for id in self._moving if (r := self._requests.get(id)) and r.state is not State.DECODING}
+        if not self._filling or len(self._moving) >= len(self._prefill):
+            return []
         running: dict[Rank, list[tuple[int, RequestId]]] = {rank: [] for rank in self._ranks}
-        for request in self._requests.values():
-            if request.place is not None:
-                running[request.place.rank].append((request.num_context_tokens, request.id))
-        actions: list[Action] = []
-        if not self._prefill:
-            return actions
+        for request, place in self._placed():
+            running[place.rank].append((request.num_context_tokens, request.id))
+        moves = plan_moves(running, self._filling, self._config.router.rebalance_difference)
+        if not moves:
+            self._filling = set()
         self._count_load()
         pending = self._count_pending_prefill()
-        for id, target in plan_moves(running, added, self._config.router.rebalance_difference):
+        actions: list[Action] = []
+        for id, target in moves[: len(self._prefill) - len(self._moving)]:
             request = self._requests[id]
             actions += request.replace("moved", now)
             actions += self._place(request, self._ranks[target], pending, now)
+            self._moving.add(id)
         return actions
 
     def _place(

@@ -121,9 +121,23 @@ def test_a_new_rank_gets_waiting_requests_and_a_share_of_the_running_ones() -> N
     actions = table.on_view(_view(2, _member(0), _member(1), _member(2)), 1.0)
     moved = [action.request for action in actions if isinstance(action, Replaced)]
     # 5 and 5 become 4, 4 and 2; the shortest move, since they are the cheapest to compute again.
-    assert moved == ["r.8", "r.9"]
-    assert _announced(actions) == [("r.8", 2), ("r.9", 2)]
+    assert moved == ["r.8"], "one prefill worker, one move at a time: each pauses its stream for all before it"
+    assert _announced(actions) == [("r.8", 2)]
+    peer, arrived = _member(2).process, Tokens(RequestId("r.8"), 1, 0, (7,), (-0.5,))
+    assert _announced(table.on_message(peer, _batch(2, arrived), 1.1)) == [("r.9", 2)]
+    arrived = Tokens(RequestId("r.9"), 1, 0, (7,), (-0.5,))
+    assert _announced(table.on_message(peer, _batch(2, arrived), 1.2)) == []
     table.check_invariants()
+
+
+def test_moves_to_a_rank_that_is_gone_again_are_forgotten() -> None:
+    table = _table(_member(0), _member(1))
+    for number in range(10):
+        _submit(table, number)
+    table.on_view(_view(2, _member(0), _member(1), _member(2)), 1.0)
+    back = table.on_view(_view(3, _member(0), _member(1)), 1.1)
+    assert [action.reason for action in back if isinstance(action, Replaced)] == ["rank lost"]
+    assert not any(rank == 2 for _, rank in _announced(back + table.on_tick(1.2)))
 
 
 def test_small_differences_move_nothing() -> None:
