@@ -38,6 +38,7 @@ class VoidReason(Enum):
     STOPPED = "stopped"
     FUTURE_WORD = "future_word"
     DIGEST = "digest"
+    ROUTING = "routing"
     LEFT = "left"
 
 

@@ -112,9 +112,13 @@ class HeapLayout:
 
     def verify(self, heap_bytes_U8: torch.Tensor, whose: str) -> None:
         """ValueError naming ``whose`` heap unless it was formatted with exactly this layout."""
-        if heap_bytes_U8.numel() < ALIGNMENT_BYTES or int(heap_bytes_U8[:8].view(torch.int64)) != _MAGIC:
+        self.verify_header(heap_bytes_U8[:ALIGNMENT_BYTES], heap_bytes_U8.numel(), whose)
+
+    def verify_header(self, header_U8: torch.Tensor, nbytes: int, whose: str) -> None:
+        """``verify`` for a heap of ``nbytes`` of which only the first 256 bytes are at hand."""
+        if header_U8.numel() < ALIGNMENT_BYTES or int(header_U8[:8].view(torch.int64)) != _MAGIC:
             raise ValueError(f"{whose} is not a heap of this version: start all ranks from the same release")
-        if bytes(heap_bytes_U8[8:40].tolist()) != self.digest or heap_bytes_U8.numel() != self.nbytes:
+        if bytes(header_U8[8:40].tolist()) != self.digest or nbytes != self.nbytes:
             raise ValueError(
                 f"{whose} has another layout than ours: start all ranks with the same model and configuration"
             )

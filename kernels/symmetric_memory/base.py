@@ -25,6 +25,16 @@ class PeerHeap(Protocol):
         """uint8 [nbytes], writable, memory shared with the owner."""
         ...
 
+    @property
+    def header_U8(self) -> torch.Tensor:
+        """The version header, readable on the host: uint8 [256] (less if the heap is smaller)."""
+        ...
+
+    @property
+    def address(self) -> int:
+        """Of byte 0 as mapped here: for kernels."""
+        ...
+
     def close(self) -> None:
         """Give up this mapping. The memory goes when the last tensor viewing it goes."""
         ...

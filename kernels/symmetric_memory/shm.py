@@ -32,6 +32,14 @@ class ShmHeap:
             raise HeapError(f"heap {self.path} is closed")
         return self._bytes_U8
 
+    @property
+    def header_U8(self) -> torch.Tensor:
+        return self.bytes_U8[:256]
+
+    @property
+    def address(self) -> int:
+        return self.bytes_U8.data_ptr()
+
     def close(self) -> None:
         """Drop the mapping. Tensors that still view the memory keep it mapped, and owned: none of them can fault, and
         no successor gets memory that this process can still write."""

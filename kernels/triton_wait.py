@@ -1,0 +1,167 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+"""Clock, waits, poison and publication inside a kernel: PROTOCOL section 2 for one program of a grid.
+
+Device state of a rank, so that captured graphs read what changes:
+
+    ctl    int64: cells below, then at TABLE the address of each rank's heap as mapped here, [W]
+    flags  int32: status, arrivals, then at MEMBER [W] (OUTSIDE, MEMBER_OF_VIEW, MASKED) and [W] observations
+
+Loop conditions come from a reduction over one element per thread, so all threads leave a wait together (threads that
+saw different values would hang at the next barrier).
+
+Memory order. Payload is stored by all threads; the barrier and the acquire-release count of programs that arrive order
+it before the last program's release exchange at system scope, which makes it visible before the word. A waiter loads
+words with acquire at system scope, so a word that is seen stands for payload that is seen.
+
+Legend: W max_ranks; j one element per thread, W of them mean slots.
+"""
+
+import time
+
+import triton
+import triton.language as tl
+
+CLEAN = tl.constexpr(0)
+VOID_DEADLINE = tl.constexpr(1)
+VOID_PEER_POISON = tl.constexpr(2)
+VOID_HOST_POISON = tl.constexpr(3)
+VOID_FUTURE_WORD = tl.constexpr(4)
+VOID_DIGEST = tl.constexpr(5)
+VOID_ROUTING = tl.constexpr(6)
+
+# Two step cells: a kernel reads one and writes the other, so its programs need not agree on when to count.
+STEP_BEFORE_DISPATCH = tl.constexpr(0)
+STEP_BEFORE_COMBINE = tl.constexpr(1)
+FLOOR = tl.constexpr(2)
+DEADLINE_NS = tl.constexpr(3)
+DIGEST = tl.constexpr(4)
+NUM_HEADERS = tl.constexpr(5)
+BARRIER_DEADLINE_NS = tl.constexpr(6)
+TABLE = tl.constexpr(16)
+
+STATUS = tl.constexpr(0)
+ARRIVED = tl.constexpr(32)
+MEMBER = tl.constexpr(64)
+
+OUTSIDE = tl.constexpr(0)
+MEMBER_OF_VIEW = tl.constexpr(1)
+MASKED = tl.constexpr(2)
+
+# A program that found the round void counts itself with this too: then nobody publishes.
+VOID_ARRIVAL = tl.constexpr(1 << 16)
+PATIENT_NS = tl.constexpr(1 << 61)
+
+if triton.knobs.runtime.interpret:
+    POLLS_PER_CLOCK = tl.constexpr(1)
+
+    def now_ns(j):
+        time.sleep(1e-4)  # peers share the cores
+        return time.monotonic_ns()
+
+    @triton.jit
+    def load_acquire(address):
+        return tl.load(address.to(tl.pointer_type(tl.int64)), volatile=True)
+
+else:
+    POLLS_PER_CLOCK = tl.constexpr(16)
+
+    @triton.jit
+    def now_ns(j):
+        """Nanoseconds; one sample per thread, reduced, so that all threads get the same."""
+        sample = tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l,r", [j], tl.int64, is_pure=False, pack=1)
+        return tl.max(sample)
+
+    @triton.jit
+    def load_acquire(address):
+        return tl.inline_asm_elementwise(
+            "ld.acquire.sys.global.b64 $0, [$1];", "=l,l", [address], tl.int64, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def member_flags(flags, j, W: tl.constexpr):
+    return tl.load(flags + MEMBER + j, mask=j < W, other=0)
+
+
+@triton.jit
+def mark_void(flags, reason):
+    """The first reason stays."""
+    tl.atomic_cas(flags + STATUS, tl.full([], 0, tl.int32), reason, sem="release", scope="sys")
+
+
+@triton.jit
+def poison_peers(ctl, peers, rank, j, POISON: tl.constexpr):
+    """The only thing that a void rank still writes."""
+    floor = tl.load(ctl + FLOOR)
+    heap = tl.load(ctl + TABLE + j, mask=peers, other=0)
+    word = (heap + POISON).to(tl.pointer_type(tl.int64)) + rank
+    tl.atomic_xchg(word, tl.zeros_like(heap) + floor + 1, mask=peers, sem="release", scope="sys")
+
+
+@triton.jit
+def publish(ctl, peers, step, offset, j):
+    """Store ``step`` at ``offset`` (bytes) of every peer's heap. Whatever was to be seen with it is stored already."""
+    heap = tl.load(ctl + TABLE + j, mask=peers, other=0)
+    word = (heap + offset).to(tl.pointer_type(tl.int64))
+    tl.atomic_xchg(word, tl.zeros_like(heap) + step, mask=peers, sem="release", scope="sys")
+
+
+@triton.jit
+def arrive(flags, void, num_programs):
+    """Count this program. 1: it is the last and every program found the round clean; 2: the last of a void round."""
+    tl.debug_barrier()
+    before = tl.atomic_add(flags + ARRIVED, tl.where(void == 0, 1, VOID_ARRIVAL + 1), sem="acq_rel", scope="gpu")
+    last = (before & (VOID_ARRIVAL - 1)) == num_programs - 1
+    if last:
+        tl.atomic_xchg(flags + ARRIVED, tl.full([], 0, tl.int32), sem="relaxed", scope="gpu")
+    clean = (void == 0) & (before < VOID_ARRIVAL)
+    return tl.where(last, tl.where(clean, 1, 2), 0)
+
+
+@triton.jit
+def look(words, STRIDE: tl.constexpr, poison, peers, step, floor, rank, j):
+    """Packed counts: words not there | from the future << 8 | poison of peers << 16 | of the host << 24; and the words.
+
+    What is not a peer reads this rank's own word, which nobody writes.
+    """
+    word = load_acquire(words + tl.where(peers, j, rank).to(tl.int64) * (8 * STRIDE))
+    mark = tl.load(poison + j, mask=peers | (j == rank), other=0, volatile=True)
+    late = tl.where(peers & (word != step), 1, 0) + tl.where(peers & (word > step), 1 << 8, 0)
+    poisoned = tl.where(mark >= floor, tl.where(j == rank, 1 << 24, 1 << 16), 0)
+    return tl.sum(late + poisoned), word
+
+
+@triton.jit
+def await_words(
+    words, STRIDE: tl.constexpr, deadline_ns, peers, step, ctl, flags, rank, j, W: tl.constexpr, POISON: tl.constexpr
+):
+    """1 when every peer's word (int64, STRIDE apart, from address ``words``) is ``step``; else 0: the round is void.
+
+    Complete first, whatever else happened. When several are late, all but one may be waiting for that one: their
+    poison gets a tenth longer before anybody is accused. The clock is read before the words: a program that was itself
+    stopped past the deadline looks once more.
+    """
+    floor = tl.load(ctl + FLOOR)
+    poison = (tl.load(ctl + TABLE + rank) + POISON).to(tl.pointer_type(tl.int64))
+    seen, word = look(words, STRIDE, poison, peers, step, floor, rank, j)
+    if (seen > 0) & (seen < 256):
+        patience_ns = deadline_ns + deadline_ns // 10
+        start_ns = now_ns(j)
+        waited_ns = start_ns - start_ns
+        num_polls = 0
+        while (seen > 0) & (seen < 256) & (waited_ns < tl.where(seen == 1, deadline_ns, patience_ns)):
+            num_polls += 1
+            if num_polls % POLLS_PER_CLOCK == 0:
+                waited_ns = now_ns(j) - start_ns
+            seen, word = look(words, STRIDE, poison, peers, step, floor, rank, j)
+    missing = (seen & 255) != 0
+    if missing:
+        reason = tl.where(((seen >> 16) & 255) != 0, VOID_PEER_POISON, VOID_DEADLINE)
+        reason = tl.where((seen >> 24) != 0, VOID_HOST_POISON, reason)
+        reason = tl.where(((seen >> 8) & 255) != 0, VOID_FUTURE_WORD, reason).to(tl.int32)
+        mark_void(flags, reason)
+        if reason == VOID_DEADLINE:
+            tl.store(flags + MEMBER + W + j, 1, mask=peers & (word != step))
+        if reason != VOID_PEER_POISON:
+            poison_peers(ctl, peers, rank, j, POISON)
+    return tl.where(missing, 0, 1)
