@@ -270,7 +270,24 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     max_tokens: int
     ignore_eos: bool = False
     logprobs: bool = False
-    stop_token_ids: tuple[int, ...] = ()  # end-of-sequence ids of the model included by the router
+    stop_token_ids: tuple[int, ...] = ()  # end-of-sequence ids of the model; ``ignore_eos`` switches them off
+    extra_stop_token_ids: tuple[int, ...] = ()  # the request's own: they stop whatever ``ignore_eos`` says
+    min_tokens: int = 0  # no stop before this many outputs
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    num_top_logprobs: int = 0  # likeliest tokens to report with each output
+    prompt_logprobs: bool = False  # of each prompt token too; they come with output 0
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """All token ids that end this request."""
+        return self.extra_stop_token_ids + (() if self.ignore_eos else self.stop_token_ids)
+
+
+TopLogprobs = tuple[tuple[int, float], ...]  # (token id, log-probability), the likeliest first
 
 
 class Announce(_Message, frozen=True):
@@ -331,10 +348,16 @@ class KvHandoff(_Message, frozen=True):
     num_tokens: int
     first_token: int  # output number len(outputs)
     first_logprob: float
+    first_top: TopLogprobs = ()
+    prompt_logprobs: tuple[tuple[float, TopLogprobs], ...] = ()
 
 
 class Tokens(msgspec.Struct, frozen=True, array_like=True):
-    """Outputs [start, start + len(ids)) of one attempt. ``finish``: "" (goes on), "stop" or "length"."""
+    """Outputs [start, start + len(ids)) of one attempt. ``finish``: "" (goes on), "stop" or "length".
+
+    ``top_logprobs`` has an entry for each id if the request asks for them. ``prompt_logprobs``, if it asks for those,
+    are of prompt tokens 1, 2, ... and come with output 0, so that whoever has that output has them too.
+    """
 
     request: RequestId
     attempt: int
@@ -342,6 +365,8 @@ class Tokens(msgspec.Struct, frozen=True, array_like=True):
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish: str = ""
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    prompt_logprobs: tuple[tuple[float, TopLogprobs], ...] = ()
 
 
 class TokenBatch(_Message, frozen=True):

@@ -19,16 +19,17 @@ def sample(
     temperature: float,
     top_p: float = 1.0,
     top_k: int = 0,
+    min_p: float = 0.0,
     seed: int = 0,
     output_index: int = 0,
 ) -> tuple[int, float]:
     """(token id, log-probability of it) for one row of finite fp32 logits (-inf allowed, not for all).
 
     temperature 0 takes the largest logit, the lowest id among equals. Otherwise tokens are ordered by falling
-    probability (equal ones by id), the first top_k (0 = all) are kept, of these the fewest whose probabilities reach
-    top_p, and one is drawn. `seed` is any integer (64 bits count); output_index is 0 for a request's first output
-    token. The log-probability is that of the unfiltered distribution at temperature 1. Raises ValueError when the
-    logits are not finite.
+    probability (equal ones by id); those with at least min_p times the largest probability are kept, of these the
+    first top_k (0 = all), of these the fewest whose probabilities reach top_p, and one is drawn. `seed` is any integer
+    (64 bits count); output_index is 0 for a request's first output token. The log-probability is that of the
+    unfiltered distribution at temperature 1. Raises ValueError when the logits are not finite.
     """
     logits = logits_V.astype(np.float64)
     greedy = int(logits.argmax())
@@ -39,7 +40,7 @@ def sample(
     log_total = float(np.log(np.exp(shifted).sum()))
     token = greedy
     if temperature > 0:
-        token = _draw(shifted / temperature, top_p, top_k, uniform(seed, output_index))
+        token = _draw(shifted / temperature, top_p, top_k, min_p, uniform(seed, output_index))
     return token, float(shifted[token]) - log_total
 
 
@@ -48,8 +49,10 @@ def uniform(seed: int, index: int) -> float:
     return (_mix(_mix(seed & _MASK) + index) >> 11) * 2.0**-53
 
 
-def _draw(scaled_V: npt.NDArray[np.float64], top_p: float, top_k: int, number: float) -> int:
+def _draw(scaled_V: npt.NDArray[np.float64], top_p: float, top_k: int, min_p: float, number: float) -> int:
     order = np.argsort(-scaled_V, kind="stable")
+    if min_p > 0.0:
+        order = order[: int((scaled_V >= np.log(min_p)).sum())]
     if 0 < top_k < len(order):
         order = order[:top_k]
     cumulative = np.cumsum(np.exp(scaled_V[order]))

@@ -7,7 +7,7 @@ Invariants: at most one attempt of a request lives; outputs only grow; what was 
 taken only for an announced attempt of this incarnation. Everything that is kept has a bound in number and in time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -23,6 +23,7 @@ from common.messages import (
     Sampling,
     TokenBatch,
     Tokens,
+    TopLogprobs,
     Unknown,
 )
 from services.decode.actions import Send
@@ -59,6 +60,8 @@ class _Request:
     since: float
     ids: list[int]
     logprobs: list[float] = field(default_factory=list)  # of the outputs that are no announced ones
+    tops: list[TopLogprobs] = field(default_factory=list)  # of the same, if asked for
+    prompt_logprobs: tuple[tuple[float, TopLogprobs], ...] = ()
     stage: Stage = Stage.ANNOUNCED
     finish: str = ""
     frames: Frames = ()
@@ -74,12 +77,17 @@ class _Request:
             tuple(self.ids[start:]),
             tuple(self.logprobs[first:]),
             self.finish,
+            tuple(self.tops[first:]),
+            self.prompt_logprobs if start == 0 else (),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One running request's part in a round: compute ``token_id`` at ``position``, sample output ``output_index``."""
+    """One running request's part in a round: compute ``token_id`` at ``position``, sample output ``output_index``.
+
+    ``outputs`` is the request's own list, to be read before the next `commit`.
+    """
 
     request: RequestId
     token_id: int
@@ -87,6 +95,8 @@ class Step:
     output_index: int
     sampling: Sampling
     block_table: tuple[int, ...]
+    prompt: tuple[int, ...] = ()
+    outputs: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +186,8 @@ class Delivery:
         if not 0 <= handoff.first_token < self._limits.vocab_size:
             return self._refuse(known, f"first token {handoff.first_token} is not in the vocabulary")
         known.stage, known.frames = Stage.HELD, frames
-        self._append(known, handoff.first_token, handoff.first_logprob, now)
+        known.prompt_logprobs = handoff.prompt_logprobs
+        self._append(known, handoff.first_token, handoff.first_logprob, handoff.first_top, now)
         if not known.finish:
             reason = self._scheduler.submit(handoff.request, len(known.announce.prompt) + known.max_outputs - 1)
             if reason:
@@ -228,15 +239,16 @@ class Delivery:
         """What the next round computes, a token for each running request."""
         for request, table in self._scheduler.batch():
             known = self._requests[request]
-            position = len(known.announce.prompt) + len(known.ids) - 1
-            yield Step(request, known.ids[-1], position, len(known.ids), known.announce.sampling, table)
+            announce, ids = known.announce, known.ids
+            position = len(announce.prompt) + len(ids) - 1
+            yield Step(request, ids[-1], position, len(ids), announce.sampling, table, announce.prompt, ids)
 
-    def commit(self, step: Step, token: int, logprob: float, now: float) -> None:
+    def commit(self, step: Step, token: int, logprob: float, now: float, top: TopLogprobs = ()) -> None:
         """A clean round's token of one request. KV of the round is written already."""
         known = self._requests[step.request]
         assert known.stage is Stage.RUNNING and step.output_index == len(known.ids), "a token out of order"
         self.num_prompt_tokens += step.position < len(known.announce.prompt)
-        self._append(known, token, logprob, now)
+        self._append(known, token, logprob, top, now)
         self._tell(known, step.output_index)
         if known.finish:
             self._scheduler.remove(step.request)
@@ -271,12 +283,14 @@ class Delivery:
             assert len(known.ids) == len(known.announce.outputs) + len(known.logprobs) <= max(known.max_outputs, 1)
             assert bool(known.finish) == (known.stage is Stage.FINISHED)
 
-    def _append(self, known: _Request, token: int, logprob: float, now: float) -> None:
+    def _append(self, known: _Request, token: int, logprob: float, top: TopLogprobs, now: float) -> None:
         sampling = known.announce.sampling
         known.ids.append(token)
         known.logprobs.append(logprob)
+        if sampling.num_top_logprobs:
+            known.tops.append(top)
         self.num_committed += 1
-        if token in sampling.stop_token_ids and not sampling.ignore_eos:
+        if token in sampling.stop_ids and len(known.ids) > sampling.min_tokens:
             known.finish = "stop"
         elif len(known.ids) >= known.max_outputs:
             known.finish = "length"

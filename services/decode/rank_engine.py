@@ -19,7 +19,7 @@ from common.model.checkpoint import Checkpoint
 from common.model.experts import VoidRound
 from common.model.kv_cache import write_kv
 from common.model.model import Batch, Model
-from common.model.sampling import sample
+from common.model.token_choice import TokenChoice, choose
 from common.placement import ReplicaChoice
 from common.view import digest, orphans, ranks
 from kernels.epoch_state import CLEAN
@@ -163,8 +163,8 @@ class RankEngine:
         rows_LNC = torch.from_numpy(rows).view(cache.shape[0], admission.num_tokens, cache.shape[3])
         write_kv(cache, np.array(admission.block_table, dtype=np.int64), 0, rows_LNC)
 
-    def compute(self, steps: Sequence[Step]) -> list[tuple[int, float]] | None:
-        """(token, log-probability) for each step; None: the round is void, and so is all that it wrote.
+    def compute(self, steps: Sequence[Step]) -> list[TokenChoice] | None:
+        """The next token of each step; None: the round is void, and so is all that it wrote.
 
         To be called in every round in which any member has tokens, also without own ones.
         """
@@ -174,14 +174,7 @@ class RankEngine:
         except VoidRound:
             return None
         outputs = [
-            sample(
-                logits_V,
-                temperature=step.sampling.temperature,
-                top_p=step.sampling.top_p,
-                top_k=step.sampling.top_k,
-                seed=step.sampling.seed,
-                output_index=step.output_index,
-            )
+            choose(logits_V, step.sampling, step.prompt, step.outputs)
             for step, logits_V in zip(steps, logits_SV, strict=True)
         ]
         # Read once, at the end: clean now means that all which this round has received was complete (PROTOCOL 2.4).

@@ -29,6 +29,7 @@ from common.messages import (
     Wake,
     Welcome,
 )
+from common.model.token_choice import TokenChoice
 from common.view import ranks
 from services.decode import actions
 from services.decode.actions import Action, Send
@@ -313,7 +314,7 @@ class Stream:
         header, steps = self._header_and_steps()
         headers = engine.exchange_headers(header, self._must_stop)
         plan = RoundPlan.of(headers) if headers else None
-        outputs: list[tuple[int, float]] | None = None
+        outputs: list[TokenChoice] | None = None
         if plan:
             self._num_headers += 1
             outputs = engine.compute(steps) if plan.num_tokens else []
@@ -324,8 +325,8 @@ class Stream:
             self._perform(membership.on_void_round(group.step, self._accused(), now))
             return
         self.num_rounds += 1
-        for step, (token, logprob) in zip(steps, outputs, strict=True):
-            delivery.commit(step, token, logprob, now)
+        for step, (token, logprob, top) in zip(steps, outputs, strict=True):
+            delivery.commit(step, token, logprob, now, top)
         self._send(delivery.flush(membership.epoch))
         if plan.num_tokens == 0:
             self._all_idle = plan.all_idle

@@ -1,6 +1,6 @@
 """The tensor side of a prefill worker: the whole model and a paged cache of its own. Decides nothing.
 
-Legend: T tokens of a batch, R chunks, W block table width, S last chunks, V vocabulary, L layers, N tokens of a
+Legend: T tokens of a batch, R chunks, W block table width, S rows of logits, V vocabulary, L layers, N tokens of a
 request, C row floats.
 """
 
@@ -13,11 +13,12 @@ import numpy.typing as npt
 import torch
 
 from common.config import PrefillConfig
+from common.messages import TopLogprobs
 from common.model.checkpoint import Checkpoint
 from common.model.experts import LocalExperts
 from common.model.kv_cache import kv_cache_shape, read_kv
 from common.model.model import Batch, Model
-from common.model.sampling import sample
+from common.model.token_choice import TokenChoice, choose, token_logprobs
 from services.prefill.prefill_queue import Attempt, Chunk, PrefillLimits
 
 
@@ -25,9 +26,9 @@ from services.prefill.prefill_queue import Attempt, Chunk, PrefillLimits
 class Prefilled:
     """The next token of one request, and its KV: float32 [L, N, C] in C order."""
 
-    token: int
-    logprob: float
+    choice: TokenChoice
     kv: bytes
+    prompt_logprobs: tuple[tuple[float, TopLogprobs], ...] = ()
 
 
 class PrefillEngine:
@@ -41,22 +42,35 @@ class PrefillEngine:
 
     def compute(self, chunks: Sequence[Chunk]) -> dict[Attempt, Prefilled]:
         """Writes the KV of all chunks; results for those that are the last of their request."""
-        last = [chunk for chunk in chunks if chunk.is_last]
         logits_SV = self._model.forward(_batch(chunks)).numpy()
-        return {chunk.attempt: self._finish(chunk, logits_V) for chunk, logits_V in zip(last, logits_SV, strict=True)}
+        results, row = {}, 0
+        for chunk in chunks:
+            num_rows = _num_logits(chunk)
+            _note_prompt_logprobs(chunk, logits_SV[row : row + num_rows])
+            row += num_rows
+            if chunk.is_last:
+                results[chunk.attempt] = self._finish(chunk, logits_SV[row - 1])
+        return results
 
     def _finish(self, chunk: Chunk, logits_V: npt.NDArray[np.float32]) -> Prefilled:
-        sampling, table = chunk.prefill.sampling, np.array(chunk.block_table, dtype=np.int64)
-        token, logprob = sample(
-            logits_V,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=sampling.seed,
-            output_index=len(chunk.prefill.outputs),
-        )
+        prefill, table = chunk.prefill, np.array(chunk.block_table, dtype=np.int64)
+        choice = choose(logits_V, prefill.sampling, prefill.prompt, prefill.outputs)
         kv_LNC = read_kv(self._model.kv_cache_LBPC, table, 0, chunk.start + len(chunk.tokens))
-        return Prefilled(token, logprob, kv_LNC.numpy().tobytes())
+        return Prefilled(choice, kv_LNC.numpy().tobytes(), tuple(chunk.prompt_logprobs))
+
+
+def _num_logits(chunk: Chunk) -> int:
+    """Rows of logits that a chunk needs: its last tokens' ones. All of them where the prompt itself is judged."""
+    return len(chunk.tokens) if chunk.judges_prompt else int(chunk.is_last)
+
+
+def _note_prompt_logprobs(chunk: Chunk, logits_SV: npt.NDArray[np.float32]) -> None:
+    """Log-probabilities of the prompt tokens that follow those of the chunk."""
+    if chunk.judges_prompt:
+        followers = chunk.prefill.prompt[chunk.start + 1 : chunk.start + 1 + len(chunk.tokens)]
+        for token, logits_V in zip(followers, logits_SV, strict=False):  # nothing follows the last one
+            num_top = chunk.prefill.sampling.num_top_logprobs
+            chunk.prompt_logprobs.append(token_logprobs(logits_V, token, num_top))
 
 
 def _batch(chunks: Sequence[Chunk]) -> Batch:
@@ -66,11 +80,11 @@ def _batch(chunks: Sequence[Chunk]) -> Batch:
     sizes = np.array([len(chunk.tokens) for chunk in chunks])
     starts = np.array([chunk.start for chunk in chunks])
     ends = np.cumsum(sizes)
-    wanted = np.array([chunk.is_last for chunk in chunks])
+    logit_indices = [np.arange(end - _num_logits(chunk), end) for chunk, end in zip(chunks, ends, strict=True)]
     return Batch(
         token_ids_T=np.array([token for chunk in chunks for token in chunk.tokens], dtype=np.int64),
         position_T=np.arange(ends[-1]) + np.repeat(starts - (ends - sizes), sizes),
         request_index_T=np.repeat(np.arange(len(chunks)), sizes),
         block_table_RW=tables_RW,
-        logit_index_S=(ends - 1)[wanted],
+        logit_index_S=np.concatenate(logit_indices),
     )

@@ -10,11 +10,21 @@ Events may come while a batch is computed: blocks that an abort frees are given 
 nobody writes where a running batch still does, and its chunks of requests that are gone are ignored.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from common.ids import RequestId
 from common.kv_blocks import BlockAllocator
-from common.messages import Abort, AskPrefill, Message, Prefill, PrefillDone, PrefillQueued, Refused, Unknown
+from common.messages import (
+    Abort,
+    AskPrefill,
+    Message,
+    Prefill,
+    PrefillDone,
+    PrefillQueued,
+    Refused,
+    TopLogprobs,
+    Unknown,
+)
 
 MAX_DONE = 1024  # attempts remembered after their end, so that a lost PrefillDone can be said again
 
@@ -31,13 +41,22 @@ class PrefillLimits:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Compute ``tokens`` at positions start, start + 1, ...; after the last one sample a token and read the KV."""
+    """Compute ``tokens`` at positions start, start + 1, ...; after the last one sample a token and read the KV.
+
+    ``prompt_logprobs`` is one list for all chunks of an attempt; whoever computes them appends to it.
+    """
 
     prefill: Prefill
     start: int
     tokens: tuple[int, ...]
     is_last: bool
     block_table: tuple[int, ...]
+    prompt_logprobs: list[tuple[float, TopLogprobs]] = field(default_factory=list)
+
+    @property
+    def judges_prompt(self) -> bool:
+        """Log-probabilities of the prompt are wanted, and the client has not got them with output 0."""
+        return self.prefill.sampling.prompt_logprobs and not self.prefill.outputs
 
     @property
     def attempt(self) -> Attempt:
@@ -50,6 +69,7 @@ class _Work:
     tokens: tuple[int, ...]
     num_computed: int = 0
     runs: bool = False
+    prompt_logprobs: list[tuple[float, TopLogprobs]] = field(default_factory=list)
 
     @property
     def num_left(self) -> int:
@@ -156,6 +176,7 @@ class PrefillQueue:
             work.tokens[work.num_computed : stop],
             stop == len(work.tokens),
             self.blocks.table((prefill.request, prefill.attempt)),
+            work.prompt_logprobs,
         )
 
     def _drop(self, request: RequestId, attempt: int) -> None:

@@ -151,8 +151,10 @@ class PrefillService:
             prefill.rank,
             prefill.incarnation,
             chunk.start + len(chunk.tokens),
-            result.token,
-            result.logprob,
+            result.choice.token,
+            result.choice.logprob,
+            result.choice.top,
+            result.prompt_logprobs,
         )
         self._links[prefill.endpoint].send(handoff, [result.kv])
         self._endpoint.send(prefill.router, PrefillDone(prefill.request, prefill.attempt))

@@ -1,0 +1,84 @@
+"""One output token of a request: what its parameters do to the logits, the draw, and what is reported of it.
+
+A pure function of the logits, the parameters and all tokens so far, so a request that goes on elsewhere goes on
+exactly. In this order: logit_bias is added; ids that would stop the request too early are taken out; repetition, then
+frequency and presence penalties; then `sampling` (temperature, min_p, top_k, top_p). The penalties are those of vLLM:
+repetition looks at prompt and outputs, the other two at the outputs alone. Reported log-probabilities are those of
+the model, before any of this. numpy only.
+
+Legend: V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from common.messages import Sampling, TopLogprobs
+from common.model.sampling import sample
+
+
+class TokenChoice(NamedTuple):
+    """``top``: the likeliest tokens, as many as the request asks for, the chosen one among them or not."""
+
+    token: int
+    logprob: float
+    top: TopLogprobs = ()
+
+
+def choose(
+    logits_V: npt.NDArray[np.float32], sampling: Sampling, prompt: Sequence[int], outputs: Sequence[int]
+) -> TokenChoice:
+    """Output number ``len(outputs)``. Raises ValueError when the logits are not finite."""
+    adjusted_V = adjust(logits_V, sampling, prompt, outputs)
+    token, logprob = sample(
+        adjusted_V,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        output_index=len(outputs),
+    )
+    if adjusted_V is logits_V and not sampling.num_top_logprobs:
+        return TokenChoice(token, logprob)
+    logprob, top = token_logprobs(logits_V, token, sampling.num_top_logprobs)
+    return TokenChoice(token, logprob, top)
+
+
+def adjust(
+    logits_V: npt.NDArray[np.float32], sampling: Sampling, prompt: Sequence[int], outputs: Sequence[int]
+) -> npt.NDArray[np.float32]:
+    """The logits to draw output number ``len(outputs)`` from: ``logits_V`` itself when nothing asks for a change."""
+    bans = [id for id in sampling.stop_ids if id < len(logits_V)] if len(outputs) < sampling.min_tokens else []
+    repeats = sampling.repetition_penalty
+    frequency, presence = sampling.frequency_penalty, sampling.presence_penalty
+    if not bans and not sampling.logit_bias and (repeats, frequency, presence) == (1.0, 0.0, 0.0):
+        return logits_V
+    adjusted = logits_V.astype(np.float64)
+    for id, bias in sampling.logit_bias:
+        adjusted[id] += bias
+    adjusted[bans] = -np.inf
+    if repeats != 1.0:
+        seen = np.unique(np.array([*prompt, *outputs], dtype=np.int64))
+        adjusted[seen] = np.where(adjusted[seen] > 0, adjusted[seen] / repeats, adjusted[seen] * repeats)
+    if outputs:
+        made, counts = np.unique(np.array(outputs, dtype=np.int64), return_counts=True)
+        adjusted[made] -= counts * frequency + presence
+    # A request whose stop ids are the whole vocabulary bans everything: then nothing is banned.
+    return adjusted.astype(np.float32) if np.isfinite(adjusted.max()) else logits_V
+
+
+def token_logprobs(logits_V: npt.NDArray[np.float32], token: int, num_top: int) -> tuple[float, TopLogprobs]:
+    """Log-probabilities of ``token`` and of the ``num_top`` likeliest tokens (of equal ones the lower id first)."""
+    shifted = logits_V.astype(np.float64)
+    shifted -= shifted.max()
+    log_total = float(np.log(np.exp(shifted).sum()))
+    top: list[int] = []
+    if num_top > 0:
+        num_top = min(num_top, len(shifted))
+        least = np.partition(shifted, len(shifted) - num_top)[len(shifted) - num_top]
+        candidates = np.flatnonzero(shifted >= least)
+        top = candidates[np.argsort(-shifted[candidates], kind="stable")][:num_top].tolist()
+    return float(shifted[token]) - log_total, tuple((id, float(shifted[id]) - log_total) for id in top)
