@@ -127,7 +127,7 @@ class Joining:
         return overdue
 
     def on_heartbeat(self, process: Process, now: float) -> None:
-        """Clears a dropped newcomer at once; repeats a Welcome that was lost."""
+        """Clears a dropped newcomer at once; repeats a Welcome that was lost, of one that got a slot or lost it."""
         dropped = self._dropped.get(process.id)
         if dropped is not None and process.beat.out_of >= dropped[0]:
             del self._dropped[process.id]

@@ -78,7 +78,7 @@ class Membership:
 
     def on_heartbeat(self, beat: Heartbeat, now: float) -> None:
         slot = self._slots.of_process(beat.process)
-        if slot is not None and self._slots.has_left(slot, beat):
+        if slot is not None and self._slots.has_left(slot, beat, now):
             self.on_left(slot, now)
         if view := self._group.on_report(beat.process, now):
             self._joining.on_in_force(view, now)
@@ -174,11 +174,12 @@ class Membership:
             if removal.fate is Fate.FENCE:
                 self._slots.fence(slot, now, removal.evidence)
                 self._fences.put_up(removal.process, now)
-                self._joining.to_welcome.append(removal.process)  # tells a newcomer, whom no view names
             elif removal.fate is Fate.MASK:
                 self._slots.mask(slot, now, removal.evidence)
             else:
                 self._slots.free(slot, now, removal.evidence)
+            # A member learns from the view that it is out; a newcomer, whom no view names, from a Welcome without slot.
+            self._joining.to_welcome.append(removal.process)
         if told:
             self._publish_without(set(first), told, now)
 

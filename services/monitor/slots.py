@@ -17,6 +17,7 @@ from common.ids import NO_RANK, Incarnation, ProcessId, Rank
 from common.messages import Heartbeat
 from common.state_machine import StateMachine, transition_table
 
+_SETTLED_S = 1.0
 _NOBODY, _NO_INCARNATION = ProcessId(""), Incarnation(0)
 
 
@@ -50,6 +51,7 @@ class Slot:
     heap: str = ""
     seen: bool = False
     entered: bool = False
+    taken_away_at: float = 0.0  # FENCING, MASKED: since when
     left: bool = False  # MASKED: the process has drained its stream and waits as a standby
     last_incarnation: Incarnation = _NO_INCARNATION
     last_pid: int = 0
@@ -84,22 +86,27 @@ class SlotTable:
         slot.machine.move(state, now, f"{process} incarnation {incarnation}")
         slot.process, slot.incarnation, slot.heap = process, incarnation, heap
         slot.seen = slot.entered = slot.left = False
+        slot.taken_away_at = now
         slot.last_incarnation = incarnation
         return slot
 
-    def has_left(self, slot: Slot, beat: Heartbeat) -> bool:
+    def has_left(self, slot: Slot, beat: Heartbeat, now: float) -> bool:
         """Takes note of a heartbeat of the holder. True when it shows that the slot was given back, whatever became
-        of the holder's SlotLeft."""
+        of the holder's SlotLeft. A newcomer that lost its slot before it knew of it shows nothing else but its lack:
+        that counts once the words that gave and took it must have arrived."""
         if beat.incarnation == slot.incarnation:
             slot.seen = True
             slot.entered = slot.entered or beat.epoch > 0
-        return slot.seen and not slot.left and beat.rank == NO_RANK
+        is_known = slot.seen or (slot.state is not SlotState.HELD and now - slot.taken_away_at > _SETTLED_S)
+        return is_known and not slot.left and beat.rank == NO_RANK
 
     def fence(self, slot: Slot, now: float, cause: str) -> None:
         slot.machine.move(SlotState.FENCING, now, cause)
+        slot.taken_away_at = now
 
     def mask(self, slot: Slot, now: float, cause: str) -> None:
         slot.machine.move(SlotState.MASKED, now, cause)
+        slot.taken_away_at = now
 
     def free(self, slot: Slot, now: float, cause: str) -> None:
         slot.machine.move(SlotState.FREE, now, cause)

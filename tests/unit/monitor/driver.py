@@ -221,7 +221,9 @@ class Driver:
         match message:
             case Welcome(term=term, rank=rank, incarnation=incarnation):
                 puppet.term = term
-                if rank != NO_RANK and incarnation != puppet.incarnation:
+                if rank == NO_RANK and puppet.view is None:
+                    puppet.rank, puppet.incarnation, puppet.state = NO_RANK, NO_INCARNATION, "standby"
+                elif rank != NO_RANK and incarnation != puppet.incarnation:
                     puppet.rank, puppet.incarnation, puppet.state = rank, incarnation, "joining"
             case Prepare(view=view):
                 self._follow(puppet, view)

@@ -217,3 +217,15 @@ def test_a_monitor_that_still_listens_says_so_and_takes_the_repeat() -> None:
     assert driver.fault("k", "kill", rank=0) == "refused"
     driver.advance(2.0)
     assert driver.fault("k", "kill", rank=0) == "accepted"
+
+
+def test_a_newcomer_that_is_masked_before_it_knows_of_its_slot_can_be_unmasked() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    driver.leave(puppets[0], puppets[0].epoch)
+    driver.fault("m", "mask", rank=0)
+    driver.advance(0.2)
+    assert driver.fault_status("m") == "done" and driver.ranks == [1, 2]
+    driver.fault("u", "unmask", rank=0)
+    driver.advance(2.0)
+    assert driver.fault_status("u") == "done" and driver.ranks == [0, 1, 2]
