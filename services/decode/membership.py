@@ -218,7 +218,7 @@ class Membership:
             if self._next.epoch != epoch:
                 return []
             view, self._next = self._next, None
-            return [LoadExperts(view), *self._enter(view, view.epoch, now, in_band=False)]
+            return self._enter(view, view.epoch, now, in_band=False)
         preparation = self._preparation
         if preparation is None or preparation.view.epoch != epoch or preparation.mapped:
             return []
@@ -317,7 +317,9 @@ class Membership:
             self._machine.move(RankState.SERVING, now, f"epoch {view.epoch}")
         self.view, self.base_epoch = view, base_epoch
         self._last_sign = now
-        return [Adopt(view, in_band)]
+        # In band too: a join may repair orphans into slots of old members. Not earlier: until the round has ended, the
+        # others may send rows for what a slot held before.
+        return [LoadExperts(view), Adopt(view, in_band)]
 
     def _drop_preparation(self) -> None:
         if self._preparation is not None and self.state is RankState.JOINING:

@@ -46,7 +46,7 @@ def serving(epoch: int = 10) -> Membership:
     first = view(epoch)
     assert membership.on_prepare(first, Epoch(0), 0.0) == [MapHeaps(first)]
     assert membership.on_heaps_mapped(first.epoch, 0.0) == [LoadExperts(first), Announce(first)]
-    assert membership.on_first_headers(first.epoch, 0.0) == [Adopt(first, in_band=True)]
+    assert membership.on_first_headers(first.epoch, 0.0) == [LoadExperts(first), Adopt(first, in_band=True)]
     return membership
 
 
@@ -104,10 +104,19 @@ def test_a_slot_can_be_withdrawn_or_changed_before_the_rank_is_let_in() -> None:
     assert membership.state is RankState.STANDBY
 
 
+def test_a_join_that_gives_an_old_member_other_experts_makes_it_load_them_first() -> None:
+    """The view that ends a lack of experts may put them into slots of the members, not only of the newcomer."""
+    repaired = View(
+        ProcessId("monitor"), 1, Epoch(12), WITH_TWO.members, Placement(12, (((0, 2), (0, 1), (0, 1)),)), "joined"
+    )
+    membership = staged(repaired)
+    assert membership.on_clean_round(Epoch(12), 2.0) == [LoadExperts(repaired), Adopt(repaired, in_band=True)]
+
+
 def test_switch_in_band_when_all_are_ready_and_the_round_was_clean() -> None:
     membership = staged(WITH_TWO)
     assert membership.on_clean_round(Epoch(0), 2.0) == []
-    assert membership.on_clean_round(Epoch(12), 2.0) == [Adopt(WITH_TWO, in_band=True)]
+    assert membership.on_clean_round(Epoch(12), 2.0) == [LoadExperts(WITH_TWO), Adopt(WITH_TWO, in_band=True)]
     assert (membership.epoch, membership.base_epoch, membership.staged_epoch) == (12, 10, 0)
 
 
@@ -216,7 +225,7 @@ def test_formation_begins_anew() -> None:
     assert membership.on_prepare(again, Epoch(0), 1.0) == [PoisonMembers(), MapHeaps(again)]
     assert (membership.state, membership.epoch, membership.out_of) == (RankState.JOINING, 0, 10)
     membership.on_heaps_mapped(Epoch(11), 1.0)
-    assert membership.on_first_headers(Epoch(11), 1.0) == [Adopt(again, in_band=True)]
+    assert membership.on_first_headers(Epoch(11), 1.0) == [LoadExperts(again), Adopt(again, in_band=True)]
 
 
 def test_a_new_term_drops_what_the_old_monitor_prepared() -> None:
