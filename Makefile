@@ -5,13 +5,14 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup up demo test test-compose bench-failover check format
+.PHONY: help setup up demo test test-compose chaos bench-failover check format
 
 help:
 	@echo "make up            start a cluster on http://127.0.0.1:8000; Ctrl-C stops it"
 	@echo "make demo          kill a rank under sixteen streams and compare every token"
 	@echo "make test          all tests that need neither a GPU nor Docker"
 	@echo "make test-compose  the containers, for real (needs a Docker engine)"
+	@echo "make chaos         kill and stop processes under load; ARGS=\"--seed 1 --seconds 600\""
 	@echo "make bench-failover  kill and stop ranks under load; what the clients saw, as table and picture"
 	@echo "make check         ruff, ruff format, mypy --strict"
 	@echo "make format        rewrite what ruff can mend"
@@ -38,6 +39,9 @@ test: $(STAMP)
 
 test-compose: $(STAMP)
 	@$(BIN)/python -m pytest -m compose --timeout 1800 $(ARGS)
+
+chaos: $(STAMP)
+	@$(BIN)/python -m tests.chaos.run $(ARGS)
 
 bench-failover: $(STAMP)
 	@$(BIN)/python -m benchmarks.failover $(ARGS)
