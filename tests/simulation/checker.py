@@ -1,0 +1,209 @@
+"""The promises, checked while the world runs, and what must hold when the faults are over.
+
+* A client gets the tokens of an undisturbed model: exact, in order, once; and every accepted request completes.
+* No observer's epoch falls within a life; two views never share a number.
+* A slot has one living holder, and who held it before never commits again.
+* A member is put out of the group only if something had happened to it.
+* Nobody waits for ever: some time after the last fault the group is whole and nobody holds anything.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.ids import NO_RANK, ProcessId, Rank, RequestId
+from common.messages import TokenBatch, View
+from common.view import digest, orphans, ranks
+from services.decode.membership import RankState
+from services.monitor.slots import SlotState
+from services.monitor.takeover import Phase
+from services.router.request_actions import Deliver
+from tests.simulation.decode_node import DecodeNode
+from tests.simulation.monitor_node import MonitorNode
+from tests.simulation.prefill_node import PrefillNode
+from tests.simulation.router_node import RouterNode
+from tests.simulation.symbolic_model import NUM_EXPERTS, whole_output
+from tests.simulation.world import Bad, World
+
+# By its own word, or of a process that the new monitor cannot know.
+_NO_BLAME = ("left its slot", "not in the group by its own word")
+
+
+@dataclass
+class Client:
+    expected: tuple[int, ...]
+    expected_finish: str
+    received: list[int] = field(default_factory=list)
+    finish: str = ""
+
+
+class Checker:
+    def __init__(self, world: World, num_layers: int) -> None:
+        self._world, self._num_layers = world, num_layers
+        self.clients: dict[RequestId, Client] = {}
+        self.num_left = self.num_commits = self.num_views = 0
+        self._published = 0
+        self._digests: dict[int, int] = {}
+        self._epochs: dict[str, int] = {}
+        self._last_incarnation: dict[Rank, int] = {}  # that has committed
+        self._last_event: dict[str, Any] = {}
+
+    # Requests.
+
+    def on_submit(self, request: RequestId, prompt: tuple[int, ...], max_tokens: int) -> None:
+        self.clients[request] = Client(*whole_output(prompt, max_tokens, self._num_layers))
+
+    def on_client_gone(self, request: RequestId) -> None:
+        del self.clients[request]
+        self.num_left += 1
+
+    def on_deliver(self, tokens: Deliver) -> None:
+        client = self.clients.get(tokens.request)
+        if client is None:
+            raise Bad(f"tokens for {tokens.request}, whose client is gone")
+        have = len(client.received)
+        if client.finish:
+            raise Bad(f"{tokens.request} got tokens after its end")
+        if tokens.start != have:
+            raise Bad(f"{tokens.request} got tokens from {tokens.start}, it had {have}")
+        client.received += tokens.ids
+        for number in range(have, len(client.received)):
+            if client.received[number : number + 1] != list(client.expected[number : number + 1]):
+                raise Bad(f"WRONG TOKEN number {number} of {tokens.request}")
+        client.finish = tokens.finish
+        if tokens.finish:
+            self._world.tell(f"{tokens.request[-4:]} done: {len(client.received)} tokens")
+            if tuple(client.received) != client.expected or tokens.finish != client.expected_finish:
+                raise Bad(f"{tokens.request} ended after {len(client.received)} tokens with {tokens.finish}")
+
+    # Ranks.
+
+    def on_commit(self, node: DecodeNode, batch: TokenBatch) -> None:
+        """Tokens leave a rank."""
+        self.num_commits += 1
+        last = self._last_incarnation.get(batch.rank, 0)
+        if batch.incarnation < last:
+            raise Bad(f"{node.process} commits as {batch.rank}.{batch.incarnation} after {batch.rank}.{last}")
+        self._last_incarnation[batch.rank] = batch.incarnation
+
+    def on_beat(self, node: DecodeNode) -> None:
+        """As often as a heartbeat: whatever can be seen of a rank."""
+        membership = node.stream._membership
+        if (view := membership.view) is not None:
+            self._note_view(view)
+            self.on_epoch(f"{node.process}/{membership.incarnation}", view.epoch)
+        if node.stream._delivery is not None:
+            node.stream._delivery.check_invariants()
+
+    def on_epoch(self, observer: str, epoch: int) -> None:
+        """``observer``: a process, or a rank's life in one incarnation."""
+        last = self._epochs.get(observer, 0)
+        if epoch < last:
+            raise Bad(f"{observer} went from epoch {last} back to {epoch}")
+        self._epochs[observer] = epoch
+
+    def _note_view(self, view: View) -> None:
+        mine = digest(view)
+        if self._digests.setdefault(view.epoch, mine) != mine:
+            raise Bad(f"two views with epoch {view.epoch}")
+
+    # The monitor.
+
+    def on_published(self, view: View) -> None:
+        self.num_views += 1
+        self._note_view(view)
+        if view.epoch <= self._published:
+            raise Bad(f"view {view.epoch} published after {self._published}")
+        self._published = view.epoch
+        num_local = len(view.placement.physical_to_logical[0][0])
+        if len(view.members) * num_local >= NUM_EXPERTS and orphans(view.placement, ranks(view), NUM_EXPERTS):
+            raise Bad(f"view {view.epoch} leaves experts without a copy although there is room")
+
+    def on_event(self, monitor: MonitorNode, event: dict[str, Any]) -> None:
+        shown = " ".join(f"{k}={v}" for k, v in event.items() if k not in ("type", "time", "kind", "since", "term"))
+        self._world.tell(f"{monitor.process[:12]} {event['kind']}: {shown}")
+        if event["kind"] == "fault":
+            self._last_event[event.get("id", "")] = event
+        if event["kind"] != "removed" or event["evidence"] in _NO_BLAME:
+            return
+        if not self._world.nodes[event["process"]].excuse:
+            raise Bad(f"healthy rank removed: {event['process']}, {event['evidence']}")
+
+    def fault_status(self, id: str) -> str:
+        return str(self._last_event.get(id, {}).get("status", ""))
+
+    def on_monitor(self, monitor: MonitorNode) -> None:
+        """After everything that the monitor has done."""
+        core = monitor.core
+        if core.phase is not Phase.ACTIVE:
+            return
+        current, prepared = core.group.current, core.group.prepared
+        if current is not None and prepared is not None and prepared.view.epoch <= current.epoch:
+            raise Bad(f"prepared {prepared.view.epoch} while {current.epoch} is in force")
+        for member in core.group.members:
+            slot = core.slots.slots[member.rank]
+            if (slot.process, slot.incarnation) != (member.process, member.incarnation):
+                raise Bad(f"member {member.process} is not the holder of slot {member.rank}, {slot.process} is")
+
+    def check_slots(self) -> None:
+        """As often as is worth it: nobody living holds what another living process holds."""
+        holders: dict[Rank, ProcessId] = {}
+        for node in self._world.of_kind("decode"):
+            assert isinstance(node, DecodeNode)
+            membership = node.stream._membership
+            if membership.rank == NO_RANK:
+                continue
+            other = holders.setdefault(membership.rank, node.process)
+            if other != node.process:
+                raise Bad(f"slot {membership.rank} is in the hands of {other} and {node.process}")
+
+    # The end.
+
+    def unsettled(self) -> str:
+        """Empty when everything is done and everybody at rest; otherwise what is not."""
+        return self._unsettled_requests() or self._unsettled_group() or self._leaks()
+
+    def _unsettled_requests(self) -> str:
+        for request, client in self.clients.items():
+            if not client.finish:
+                return f"{request} has {len(client.received)} of {len(client.expected)} tokens: {self._where(request)}"
+        return ""
+
+    def _where(self, request: RequestId) -> str:
+        for node in self._world.of_kind("router"):
+            if isinstance(node, RouterNode) and node.table and (found := node.table.request(request)):
+                return f"{found.place}; " + "; ".join(found.machine.story()[-3:])
+        return "no router knows it"
+
+    def _unsettled_group(self) -> str:
+        monitor = self._world.monitor
+        if monitor is None or not monitor.is_running:
+            return "no monitor"
+        core = monitor.core
+        view = core.group.current
+        if core.phase is not Phase.ACTIVE or view is None or core.group.prepared or not core.group.is_adopted:
+            return f"monitor {core.phase}, view {view and (view.epoch, ranks(view))}, prepared {core.group.prepared}"
+        if len(view.members) != monitor.config.decode.num_ranks:
+            slots = [(slot.rank, slot.state.value, slot.process) for slot in core.slots.slots]
+            return f"view {view.epoch} has ranks {ranks(view)}; slots {slots}"
+        if core.slots.in_state(SlotState.MASKED) or core.slots.in_state(SlotState.FENCING):
+            return f"slots {[(slot.rank, slot.state.value) for slot in core.slots.slots]}"
+        for member in view.members:
+            node = self._world.nodes[member.process]
+            assert isinstance(node, DecodeNode)
+            membership = node.stream._membership
+            if membership.epoch != view.epoch or membership.state is not RankState.SERVING:
+                return f"{node.process} is {membership.state} in {membership.epoch}, not {view.epoch}"
+        for node in self._world.of_kind("router"):
+            if isinstance(node, RouterNode) and (node.table is None or node.table.epoch != view.epoch):
+                return f"{node.process} is at {node.table and node.table.epoch}, not {view.epoch}"
+        return ""
+
+    def _leaks(self) -> str:
+        for node in self._world.of_kind("decode"):
+            scheduler = node.stream._scheduler if isinstance(node, DecodeNode) else None
+            if scheduler and (scheduler.num_running or scheduler.num_waiting or scheduler.blocks.num_used):
+                return f"{node.process} still has {scheduler.num_running} running, {scheduler.num_waiting} waiting"
+        for node in self._world.of_kind("prefill"):
+            if isinstance(node, PrefillNode) and node.queue and node.queue.blocks.num_used:
+                return f"{node.process} still has {node.queue.num_running} running"
+        return ""

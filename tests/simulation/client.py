@@ -1,0 +1,144 @@
+"""What every process does towards the monitor: the decisions of `common.monitor_client`, without its sockets.
+
+If you change `MonitorClient`, change this file.
+"""
+
+from common.allegiance import Allegiance
+from common.ids import ProcessId
+from common.messages import (
+    AskView,
+    Directory,
+    Heartbeat,
+    HeartbeatReply,
+    Hello,
+    Message,
+    Prepare,
+    Refusal,
+    RollCall,
+    View,
+    Welcome,
+)
+from tests.simulation.world import MONITOR, Bad, Frames, Node, World
+
+HELLO_AGAIN_S, RECONNECT_S, BEAT_S = 0.5, 0.02, 0.1
+_LIFELINE_S = 0.001
+
+
+class ClientNode(Node):
+    """A process that is not the monitor. Heartbeats have a lane of their own, as they have a socket."""
+
+    def __init__(self, world: World, name: str, process: ProcessId | None = None) -> None:
+        super().__init__(world, name, process)
+        self.allegiance, self.is_welcomed, self.directory_version, self.num_words = Allegiance(), False, 0, 0
+        self._lifeline: tuple[Node, int] | None = None  # the monitor that holds the other end
+
+    def start(self) -> None:
+        """The process is up."""
+        self._greet()
+        self._beat()
+        self.connect()
+
+    # To be filled in.
+
+    def hello(self) -> Hello:
+        raise NotImplementedError
+
+    def heartbeat(self) -> Heartbeat:
+        raise NotImplementedError
+
+    def on_message(self, peer: ProcessId, message: Message, frames: Frames) -> None:
+        """Of the monitor that this process obeys, or of a peer."""
+
+    # The control socket.
+
+    def tell_monitor(self, message: Message) -> None:
+        self.send(MONITOR, message)
+
+    def say_hello(self) -> None:
+        self.is_welcomed = False
+        self.tell_monitor(self.hello())
+
+    def _greet(self) -> None:
+        if not self.is_welcomed:
+            self.tell_monitor(self.hello())
+        self.later(HELLO_AGAIN_S, self._greet)
+
+    def _beat(self) -> None:
+        self.send(MONITOR, self.heartbeat(), lane="beat")
+        self.later(BEAT_S, self._beat)
+
+    def accepts(self, view: View | Directory) -> bool:
+        return self.allegiance.accepts(view.term, view.monitor)
+
+    def receive(self, peer: ProcessId, message: Message, frames: Frames) -> None:
+        match message:
+            case HeartbeatReply():
+                self._on_reply(message)
+                return
+            case Refusal(reason=reason):
+                if message.final:
+                    raise Bad(f"the monitor refuses {self.process}: {reason}")
+                return
+            case Welcome(monitor=monitor, term=term) | RollCall(monitor=monitor, term=term):
+                if not self.allegiance.accepts(term, monitor):
+                    return
+            case View() | Directory():
+                if not self.accepts(message):
+                    return
+            case Prepare(view=view):
+                if not self.accepts(view):
+                    return
+            case _:
+                pass
+        sender = self.world.nodes[peer]
+        if sender.kind == MONITOR:
+            self.num_words += 1
+        if isinstance(message, Welcome):
+            self.is_welcomed, self.directory_version = True, message.directory.version
+        elif isinstance(message, Directory):
+            self.directory_version = message.version
+        self.on_message(peer, message, frames)
+
+    def _on_reply(self, reply: HeartbeatReply) -> None:
+        new_term = reply.term > self.allegiance.term
+        if not self.allegiance.accepts(reply.term, reply.monitor):
+            return
+        self.num_words += 1
+        if new_term or not reply.known:
+            self.say_hello()
+        elif reply.epoch > self.heartbeat().epoch or reply.directory_version > self.directory_version:
+            self.tell_monitor(AskView(self.process))
+
+    # The lifeline. The kernel keeps it, so it opens and closes whatever the process does.
+
+    def connect(self) -> None:
+        world = self.world
+        if not self.is_alive:
+            return
+        if world.monitor is None or not world.monitor.is_alive:
+            world.at(RECONNECT_S, lambda: self.run(self.connect))
+            return
+        monitor = world.monitor
+        number = monitor.next_connection()
+        self._lifeline = (monitor, number)
+        monitor.watch_lifeline(self)
+        world.at(_LIFELINE_S, lambda: monitor.on_lifeline(self.process, number, opened=True))
+
+    def cut_lifeline(self) -> None:
+        if self._lifeline is not None:
+            monitor, number = self._lifeline
+            self._lifeline = None
+            self.world.at(_LIFELINE_S, lambda: monitor.on_lifeline(self.process, number, opened=False))  # type: ignore[attr-defined]
+
+    def flap(self) -> None:
+        """The stream breaks, and is made again."""
+        self.world.tell(f"the lifeline of {self.process} breaks")
+        self.cut_lifeline()
+        self.later(RECONNECT_S, self.connect)
+
+    def on_monitor_gone(self) -> None:
+        self._lifeline = None
+        self.later(RECONNECT_S, self.connect)
+
+    def on_death(self) -> None:
+        self.cut_lifeline()

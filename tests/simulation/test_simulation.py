@@ -1,0 +1,20 @@
+"""Two hundred stories of everything that may go wrong; the checker holds in each. See `story`, `faults`, `checker`."""
+
+import pytest
+
+from tests.simulation.run import run_seed
+
+NUM_SEEDS, NUM_PARTS = 200, 20
+
+
+@pytest.mark.parametrize("part", range(NUM_PARTS))
+def test_every_promise_holds(part: int) -> None:
+    for seed in range(part, NUM_SEEDS, NUM_PARTS):
+        story, broken = run_seed(seed)
+        assert not broken, f"seed {seed} at {story.world.now:.3f}: {broken}\n" + "\n".join(story.world.story()[-80:])
+
+
+def test_the_same_seed_is_the_same_story() -> None:
+    first, second = run_seed(7)[0], run_seed(7)[0]
+    assert first.world.story() == second.world.story()
+    assert len(first.world.lines) > 20
