@@ -155,7 +155,11 @@ def _repair_layer(
             first = -len(holders[expert])
         return (first, num_moved[rank], rank, local)
 
-    candidates = [harm(rank, local) for rank, local, _ in spare]
+    uneasy = {EMPTY, *(expert for expert, ranks in holders.items() if len(set(ranks)) < len(ranks))}
+    candidates = [
+        harm(rank, local) if expert in uneasy else (-len(holders[expert]), 0, rank, local)
+        for rank, local, expert in spare
+    ]
     heapq.heapify(candidates)
     moves: list[Move] = []
     for number, orphan in enumerate(missing):

@@ -3,9 +3,11 @@
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.planner.frontier_picture import frontier_picture
 from benchmarks.planner.measure import Row, drifting, fresh_plans, frontier, losses, recorded
 from benchmarks.provenance import provenance
 
@@ -27,7 +29,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="times are the least of so many calls")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
-    source = provenance()
+    source = {**provenance(), "command": f"python -m benchmarks.planner {' '.join(sys.argv[1:])}".strip()}
     tables = {
         "fresh": fresh_plans(args.seed, args.repeats),
         "drift": drifting(args.seed, args.repeats),
@@ -43,6 +45,7 @@ def main() -> None:
     for name, rows in tables.items():
         lines += ["", f"## {_TITLES[name]}", "", *_table(rows)]
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    args.out.joinpath("planner_frontier.svg").write_text(frontier_picture(tables["frontier"]))
     print("\n".join(lines))
 
 

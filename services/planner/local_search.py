@@ -94,7 +94,7 @@ class LocalSearch:
         """Experts with one copy, and once more those on one host where there are several."""
         single = (self._counts == 1).sum(axis=1)
         if self._has_hosts:
-            single = single + ((self._on_host > 0).sum(axis=1) == 1).sum(axis=1)
+            single = single + (self._num_hosts == 1).sum(axis=1)
         return np.asarray(single, dtype=np.float64)
 
     def _weigh(self) -> None:
@@ -246,10 +246,12 @@ class LocalSearch:
         return np.asarray(given_change[:, :, :, None] + taken_change[:, None], dtype=np.float64)
 
     def _moved_deficit(self, layer: IntArray, expert: IntArray, source: IntArray, target: IntArray) -> IntArray:
-        num_hosts = self._num_hosts[layer, expert]
-        after = num_hosts - (self._on_host[layer, source, expert] == 1) + (self._on_host[layer, target, expert] == 0)
-        after = np.where(expert == self._num_experts, num_hosts, after)
-        return np.asarray((after < 2).astype(np.int64) - (num_hosts < 2))
+        size, hosts = self._num_experts + 1, self._on_host.shape[1]
+        num_hosts = self._num_hosts.take(layer * size + expert)
+        is_last = self._on_host.take((layer * hosts + source) * size + expert) == 1
+        is_first = self._on_host.take((layer * hosts + target) * size + expert) == 0
+        # EMPTY counts two on every host, so it is neither.
+        return np.asarray((num_hosts - is_last + is_first < 2).astype(np.int64) - (num_hosts < 2))
 
 
 def choose_steps(steps: list[Step], weight_L: FloatArray, coverage_price: float, total: int) -> IntArray:

@@ -42,7 +42,7 @@ class Settings:
     coverage_price: float = 0.05
     share_limit: float = 0.5
     coverage_first: bool = False
-    refine_steps: int = 12
+    refine_steps: int = 16
 
 
 DEFAULT = Settings()
