@@ -50,17 +50,23 @@ def uniform(seed: int, index: int) -> float:
 
 
 def _draw(scaled_V: npt.NDArray[np.float64], top_p: float, top_k: int, min_p: float, number: float) -> int:
-    order = np.argsort(-scaled_V, kind="stable")
-    if min_p > 0.0:
-        order = order[: int((scaled_V >= np.log(min_p)).sum())]
-    if 0 < top_k < len(order):
-        order = order[:top_k]
-    cumulative = np.cumsum(np.exp(scaled_V[order]))
+    """The token at a random place of the order by falling value, equal ones by id.
+
+    Only values are sorted, and only those kept: the sums that place a token do not depend on which of the equal ones
+    comes first, and its id follows from how many are larger. A stable sort of ids costs ten times as much.
+    """
+    kept = scaled_V if min_p <= 0.0 else scaled_V[scaled_V >= np.log(min_p)]
+    if 0 < top_k < len(kept):
+        kept = np.partition(kept, len(kept) - top_k)[-top_k:]
+    falling = np.sort(kept)[::-1].copy()
+    cumulative = np.cumsum(np.exp(falling))
     if top_p < 1.0:
         num_kept = int(np.searchsorted(cumulative, top_p * cumulative[-1])) + 1
         cumulative = cumulative[:num_kept]
     chosen = int(np.searchsorted(cumulative, number * cumulative[-1], side="right"))
-    return int(order[min(chosen, len(cumulative) - 1)])
+    place = min(chosen, len(cumulative) - 1)
+    num_larger = int(np.count_nonzero(scaled_V > falling[place]))
+    return int(np.flatnonzero(scaled_V == falling[place])[place - num_larger])
 
 
 def _mix(value: int) -> int:

@@ -92,6 +92,55 @@ def test_any_parameters_give_the_same_finite_answer_wherever_the_row_lies(
         assert int((row > row[first[0]]).sum()) < top_k
 
 
+def sample_by_full_sort(
+    logits_V: npt.NDArray[np.float32], temperature: float, top_p: float, top_k: int, min_p: float, seed: int, index: int
+) -> int:
+    """What `sample` is to draw, spelled out: all tokens in order, cut, and walked until the number is reached."""
+    logits = logits_V.astype(np.float64)
+    scaled = (logits - logits.max()) / temperature
+    order = np.argsort(-scaled, kind="stable")
+    if min_p:
+        order = order[: int((scaled >= np.log(min_p)).sum())]
+    order = order[: top_k or len(order)]
+    cumulative = np.cumsum(np.exp(scaled[order]))
+    if top_p < 1.0:
+        cumulative = cumulative[: int(np.searchsorted(cumulative, top_p * cumulative[-1])) + 1]
+    chosen = int(np.searchsorted(cumulative, uniform(seed, index) * cumulative[-1], side="right"))
+    return int(order[min(chosen, len(cumulative) - 1)])
+
+
+@given(
+    # Few distinct values: equal ones lie across every cut.
+    logits=st.lists(st.sampled_from([-np.inf, -80.0, -1.5, -1.0, -0.0, 0.0, 0.5, 2.0]), min_size=1, max_size=60),
+    temperature=st.floats(0.05, 20.0),
+    top_p=st.floats(1e-6, 1.0),
+    top_k=st.integers(0, 65),
+    min_p=st.sampled_from([0.0, 0.0, 1e-3, 0.3, 1.0]),
+    seed=st.integers(0, 2**64 - 1),
+    offset=st.floats(-1e4, 1e4, width=32),
+)
+def test_the_token_is_that_of_a_full_sort(
+    logits: list[float], temperature: float, top_p: float, top_k: int, min_p: float, seed: int, offset: float
+) -> None:
+    row = np.array([*logits, 1.0], dtype=np.float32) + np.float32(offset)
+    for index in range(5):
+        token, _ = sample(
+            row, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, output_index=index
+        )
+        assert token == sample_by_full_sort(row, temperature, top_p, top_k, min_p, seed, index)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (0, 0.9), (1, 1.0), (50, 1.0), (50, 0.8), (31999, 0.999)])
+def test_the_token_of_a_large_vocabulary_is_that_of_a_full_sort(top_k: int, top_p: float) -> None:
+    rng = np.random.default_rng(top_k)
+    for index in range(12):
+        # Rounded to bf16's precision, as logits of many models are: thousands of equal values.
+        row = (rng.standard_normal(32000) * 3).astype(np.float32)
+        row = (row.view(np.uint32) & 0xFFFF0000).view(np.float32)
+        token, _ = sample(row, temperature=0.9, top_p=top_p, top_k=top_k, seed=7, output_index=index)
+        assert token == sample_by_full_sort(row, 0.9, top_p, top_k, 0.0, 7, index)
+
+
 @pytest.mark.parametrize("size", [128, 260, 511, 32000])
 def test_bits_do_not_depend_on_alignment(size: int) -> None:
     row = np.random.default_rng(size).standard_normal(size).astype(np.float32) * 5
