@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -233,10 +234,8 @@ async def test_mask_by_the_example_and_unmask(stage: Stage) -> None:
 
     async def publish_fault(action: str) -> list[dict[str, Any]]:
         command = [sys.executable, "examples/fault_event.py", bus["publish"], bus["subscribe"], action, "1"]
-        process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=asyncio.subprocess.PIPE)
-        output, _ = await asyncio.wait_for(process.communicate(), 30)
-        assert process.returncode == 0
-        return [ast.literal_eval(line) for line in output.decode().splitlines()]
+        run = await asyncio.to_thread(subprocess.run, command, cwd=ROOT, stdout=subprocess.PIPE, timeout=30, check=True)
+        return [ast.literal_eval(line) for line in run.stdout.decode().splitlines()]
 
     events = await publish_fault("mask")
     assert events[-1]["status"] == "done" and "without it" in events[-1]["proof"], events
