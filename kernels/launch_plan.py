@@ -26,14 +26,18 @@ class LaunchPlanner:
     overlap: bool
 
     def dispatch(self, num_tokens: int) -> LaunchPlan:
-        part = 1024 if num_tokens <= 16 else 4096 if num_tokens <= 64 else 8192
-        return self._plan(num_tokens, part, 4, 4 * self.num_resident)
+        if num_tokens <= 4:
+            return self._plan(num_tokens, 1024, 4, self.num_resident)
+        if num_tokens <= 64:
+            return self._plan(num_tokens, 4096, 8 if num_tokens <= 32 else 4, self.num_resident)
+        return self._plan(num_tokens, 8192, 4, 4 * self.num_resident)  # only the last program waits
 
     def combine(self, num_tokens: int, ordered: bool) -> LaunchPlan:
         if ordered:
-            return self._plan(num_tokens, 1024, 4, self.num_resident)
-        part = 1024 if num_tokens <= 16 else 2048
-        return self._plan(num_tokens, part, 4, self.num_resident)
+            part, num_warps = (512, 4) if num_tokens <= 4 else (1024, 4) if num_tokens <= 32 else (4096, 8)
+        else:
+            part, num_warps = (1024, 4) if num_tokens <= 32 else (4096, 8)
+        return self._plan(num_tokens, part, num_warps, self.num_resident)
 
     def _plan(self, num_tokens: int, part: int, num_warps: int, most: int) -> LaunchPlan:
         part = min(part, 1 << (self.hidden_size - 1).bit_length())

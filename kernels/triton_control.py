@@ -79,7 +79,7 @@ def allgather_kernel(
             half_read = tl.sum(tl.where(mask & (((got >> 32) & 0xFFFFFFFF) != tag), 1, 0))
             other_digest = tl.sum(tl.where(mask & (n == 0)[None, :] & (low != own_digest), 1, 0))
             if half_read + other_digest > 0:
-                mark_void(flags, tl.where(half_read > 0, VOID_FUTURE_WORD, VOID_DIGEST).to(tl.int32))
+                mark_void(flags, tl.where(half_read > 0, VOID_FUTURE_WORD, VOID_DIGEST))
                 poison_peers(ctl, peers, rank, j, POISON)
             else:
                 out = out_WN + slot[:, None] * N + n[None, :] - 1

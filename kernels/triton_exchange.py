@@ -33,7 +33,7 @@ from kernels.triton_wait import (
 )
 
 
-@triton.jit(do_not_specialize=["num_tokens", "rank"])
+@triton.jit(do_not_specialize=["num_tokens", "rank", "step_in", "step_out"])
 def dispatch_kernel(
     ctl,
     flags,
@@ -43,8 +43,8 @@ def dispatch_kernel(
     weight_TK,
     num_tokens,
     rank,
-    STEP_IN: tl.constexpr,
-    STEP_OUT: tl.constexpr,
+    step_in,
+    step_out,
     W: tl.constexpr,
     M: tl.constexpr,
     K: tl.constexpr,
@@ -69,7 +69,7 @@ def dispatch_kernel(
     j = tl.arange(0, NT)
     k = tl.arange(0, KP)
     void = tl.load(flags + STATUS)
-    step = tl.load(ctl + STEP_IN) + 1
+    step = tl.load(ctl + step_in) + 1
     peers = (member_flags(flags, j, W) == MEMBER_OF_VIEW) & (j != rank)
     bad = void * 0
     item = pid
@@ -107,18 +107,18 @@ def dispatch_kernel(
         heap = tl.load(ctl + TABLE + j, mask=everyone, other=0) + WORDS + (rank * 2 + 1) * 8
         count = tl.zeros_like(heap) + num_tokens
         tl.store(heap.to(tl.pointer_type(tl.int64)), count, mask=everyone & (void == CLEAN))
-        tl.store(ctl + STEP_OUT, step)
+        tl.store(ctl + step_out, step)
     arrived = arrive(flags, void + bad, num_programs)
     if arrived == 1:
         publish(ctl, peers, step, WORDS + rank * 16, j)
         words = tl.load(ctl + TABLE + rank) + WORDS
         await_words(words, 2, tl.load(ctl + DEADLINE_NS), peers, step, ctl, flags, rank, j, W, POISON)
     if (arrived == 2) & (void == CLEAN):
-        mark_void(flags, VOID_ROUTING.to(tl.int32))
+        mark_void(flags, VOID_ROUTING)
         poison_peers(ctl, peers, rank, j, POISON)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "rank"])
+@triton.jit(do_not_specialize=["num_tokens", "rank", "step_in", "step_out"])
 def combine_kernel(
     ctl,
     flags,
@@ -126,8 +126,8 @@ def combine_kernel(
     out_TH,
     num_tokens,
     rank,
-    STEP_IN: tl.constexpr,
-    STEP_OUT: tl.constexpr,
+    step_in,
+    step_out,
     ORDERED: tl.constexpr,
     W: tl.constexpr,
     M: tl.constexpr,
@@ -159,7 +159,7 @@ def combine_kernel(
     j = tl.arange(0, NT)
     k = tl.arange(0, KP)
     void = tl.load(flags + STATUS)
-    step = tl.load(ctl + STEP_IN) + 1
+    step = tl.load(ctl + step_in) + 1
     me = tl.load(ctl + TABLE + rank)
     peers = (member_flags(flags, j, W) == MEMBER_OF_VIEW) & (j != rank)
     received = (me + DISPATCH_ROWS).to(tl.pointer_type(tl.int32))
@@ -194,7 +194,7 @@ def combine_kernel(
     if arrived == 1:
         publish(ctl, peers, step, WORDS + rank * 8, j)
     if pid == 0:
-        tl.store(ctl + STEP_OUT, step)
+        tl.store(ctl + step_out, step)
     complete = void * 0
     if (void == CLEAN) & ((pid < num_tokens * PARTS) | (pid == 0)):
         deadline_ns = tl.load(ctl + DEADLINE_NS)
@@ -204,24 +204,23 @@ def combine_kernel(
         t = item // PARTS
         h = (item % PARTS) * PART + tl.arange(0, PART)
         row = received + (rank * M + t).to(tl.int64) * ROW_WORDS
-        returned = (me + ROWS).to(tl.pointer_type(dtype))
+        returned = me + ROWS
         total = tl.zeros([PART], tl.float32)
         if ORDERED:
             for i in tl.static_range(K):
                 code = tl.load(row + 1 + i)
                 weight = tl.load((row + 1 + K + i).to(tl.pointer_type(tl.float32)))
                 owner = code >> 16
-                own = rows + ((rank * M + t) * K + i).to(tl.int64) * H + h
-                other = returned + ((owner * M + t) * K + i).to(tl.int64) * H + h
-                place = tl.where(owner == rank, own.to(tl.int64), other.to(tl.int64)).to(tl.pointer_type(dtype))
+                base = tl.where(owner == rank, rows.to(tl.int64), returned)
+                place = base.to(tl.pointer_type(dtype)) + ((owner * M + t) * K + i).to(tl.int64) * H + h
                 line = tl.load(tl.multiple_of(place, (16,)), mask=(h < H) & (code >= 0), other=0.0)
                 total = tl.where(code >= 0, total + weight * line.to(tl.float32), total)
         else:
             owner_K = tl.load(row + 1 + k, mask=k < K, other=-1) >> 16
             for owner in tl.static_range(W):
-                own = rows + (rank * M + t).to(tl.int64) * H + h
-                other = returned + ((owner * M + t) * K).to(tl.int64) * H + h
-                place = tl.where(owner == rank, own.to(tl.int64), other.to(tl.int64)).to(tl.pointer_type(dtype))
+                base = tl.where(owner == rank, rows.to(tl.int64), returned)
+                line_of_owner = tl.where(owner == rank, rank * M + t, (owner * M + t) * K).to(tl.int64)
+                place = base.to(tl.pointer_type(dtype)) + line_of_owner * H + h
                 held = tl.sum(tl.where(owner_K == owner, 1, 0)) > 0
                 line = tl.load(tl.multiple_of(place, (16,)), mask=(h < H) & held, other=0.0)
                 total += line.to(tl.float32)

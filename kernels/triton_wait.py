@@ -86,7 +86,8 @@ def member_flags(flags, j, W: tl.constexpr):
 @triton.jit
 def mark_void(flags, reason):
     """The first reason stays."""
-    tl.atomic_cas(flags + STATUS, tl.full([], 0, tl.int32), reason, sem="release", scope="sys")
+    clean = tl.full([], CLEAN, tl.int32)
+    tl.atomic_cas(flags + STATUS, clean, clean + reason, sem="release", scope="sys")
 
 
 @triton.jit
@@ -158,7 +159,7 @@ def await_words(
     if missing:
         reason = tl.where(((seen >> 16) & 255) != 0, VOID_PEER_POISON, VOID_DEADLINE)
         reason = tl.where((seen >> 24) != 0, VOID_HOST_POISON, reason)
-        reason = tl.where(((seen >> 8) & 255) != 0, VOID_FUTURE_WORD, reason).to(tl.int32)
+        reason = tl.where(((seen >> 8) & 255) != 0, VOID_FUTURE_WORD, reason)
         mark_void(flags, reason)
         if reason == VOID_DEADLINE:
             tl.store(flags + MEMBER + W + j, 1, mask=peers & (word != step))

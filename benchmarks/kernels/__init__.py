@@ -1,0 +1,1 @@
+"""Measurements of the elastic EP kernels: ``python -m benchmarks.kernels.elastic``."""
