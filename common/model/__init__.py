@@ -1,4 +1,4 @@
-"""The model: DeepSeek-V3 architecture read from a Hugging Face directory, computed in fp32 with batch-invariant bits.
+"""The model: DeepSeek-V2 and V3 and Qwen3-MoE read from a Hugging Face directory, computed in fp32, batch-invariant.
 
-`config`, `tokenizer` and `sampling` do not import torch; `checkpoint`, `experts`, `attention` and `model` do.
+`config` and what it imports, `tokenizer` and `sampling` do without torch; the rest is tensor work.
 """

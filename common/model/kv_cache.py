@@ -1,5 +1,6 @@
-"""Paged KV cache: one row per token and layer, [latent | rotated key], in blocks that requests own.
+"""Paged KV cache: one row per token and layer, in blocks that requests own.
 
+A row is [latent | rotated key] of latent attention, or [rotated keys | values] of all key heads of grouped attention.
 The tensor belongs to the caller, who places it in a heap that outlives the process or in plain memory. Position p of a
 request lies in block block_table[p // P], row p % P. Rows beyond a request's committed length may hold anything.
 
@@ -17,7 +18,7 @@ Int64Array = npt.NDArray[np.int64]
 
 
 def kv_cache_shape(config: ModelConfig, num_blocks: int, block_size: int) -> tuple[int, int, int, int]:
-    """[num_hidden_layers, num_blocks, block_size, kv_lora_rank + qk_rope_head_dim], fp32."""
+    """[num_hidden_layers, num_blocks, block_size, kv_row_size], fp32."""
     return (config.num_hidden_layers, num_blocks, block_size, config.kv_row_size)
 
 

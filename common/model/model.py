@@ -1,9 +1,9 @@
 """The forward pass: tokens of any mix of prefill chunks and decode steps in, logits of the asked rows out.
 
 A row's logits are the same bits for a sequence alone, in any batch, prefilled in one piece or token by token, and
-under every placement of the experts; row_blocks.py, attention.py and experts.py say why.
+under every placement of the experts; row_blocks.py, paged_attention.py and experts.py say why.
 
-Legend: T tokens (padded to whole row blocks inside), H hidden, V vocabulary, E routed experts, K experts per token,
+Legend: T tokens (padded to whole row blocks inside), H hidden, V vocabulary, K experts per token,
 R requests, W block table width, S rows with logits; the cache is [layers, blocks, rows of a block, row floats].
 """
 
@@ -13,12 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.model.attention import Attention, RotaryTable, plan_attention
+from common.model.architecture import LatentAttentionShape
 from common.model.checkpoint import Checkpoint
 from common.model.config import ModelConfig
 from common.model.experts import ExpertExchange
+from common.model.grouped_attention import GroupedAttention
 from common.model.kv_cache import Int64Array, kv_cache_shape
-from common.model.row_blocks import RmsNorm, linear, num_padded, pad_rows, sigmoid, silu
+from common.model.latent_attention import LatentAttention
+from common.model.paged_attention import Attention, plan_attention
+from common.model.rotary import RotaryTable
+from common.model.routing import Router
+from common.model.row_blocks import RmsNorm, input_major, linear, num_padded, pad_rows, silu
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +59,8 @@ class _Mlp:
         hidden = checkpoint.config.hidden_size
         gate = checkpoint.tensor(f"{prefix}.gate_proj.weight", (inner_size, hidden))
         up = checkpoint.tensor(f"{prefix}.up_proj.weight", (inner_size, hidden))
-        self._gate_up = torch.cat((gate, up)).t().contiguous()
-        self._down = checkpoint.tensor(f"{prefix}.down_proj.weight", (hidden, inner_size)).t().contiguous()
+        self._gate_up = input_major(torch.cat((gate, up)))
+        self._down = input_major(checkpoint.tensor(f"{prefix}.down_proj.weight", (hidden, inner_size)))
 
     def run(self, x_TH: Tensor, num_tokens: int) -> Tensor:
         del num_tokens  # the padding is computed too
@@ -70,16 +75,14 @@ class _Moe:
         config = checkpoint.config
         prefix = f"model.layers.{layer}.mlp"
         self._config, self._layer, self._exchange = config, layer, exchange
-        gate = checkpoint.tensor(f"{prefix}.gate.weight", (config.n_routed_experts, config.hidden_size))
-        self._gate = gate.t().contiguous()
-        self._bias_E = checkpoint.tensor(f"{prefix}.gate.e_score_correction_bias", (config.n_routed_experts,))
+        self._router = Router(checkpoint, f"{prefix}.gate")
         self._shared = None
         if config.n_shared_experts:
             inner_size = config.moe_intermediate_size * config.n_shared_experts
             self._shared = _Mlp(checkpoint, f"{prefix}.shared_experts", inner_size)
 
     def run(self, x_TH: Tensor, num_tokens: int) -> Tensor:
-        topk_expert_TK, topk_weight_TK = self._route(x_TH)
+        topk_expert_TK, topk_weight_TK = self._router.run(x_TH)
         routed = self._exchange.run(
             self._layer, x_TH[:num_tokens], topk_expert_TK[:num_tokens], topk_weight_TK[:num_tokens]
         )
@@ -88,26 +91,6 @@ class _Moe:
         out_TH = self._shared.run(x_TH, num_tokens)
         out_TH[:num_tokens] += routed
         return out_TH
-
-    def _route(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
-        """(logical experts, weights), best first (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
-
-        The correction bias takes part in the choice, not in the weight. With groups, those with the largest sum of
-        their two best scores stay.
-        """
-        config = self._config
-        score_TE = sigmoid(linear(x_TH, self._gate))
-        choice_TE = score_TE + self._bias_E
-        if config.n_group > 1:
-            by_group = choice_TE.view(-1, config.n_group, config.n_routed_experts // config.n_group)
-            kept = by_group.topk(2, dim=-1).values.sum(-1).topk(config.topk_group, dim=-1).indices
-            dropped = torch.ones(by_group.shape[:2], dtype=torch.bool).scatter_(1, kept, False)
-            choice_TE = by_group.masked_fill(dropped[:, :, None], float("-inf")).view_as(choice_TE)
-        expert_TK = choice_TE.topk(config.num_experts_per_tok, dim=-1).indices
-        weight_TK = score_TE.gather(1, expert_TK)
-        if config.norm_topk_prob:
-            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).add_(1e-20)
-        return expert_TK, weight_TK * config.routed_scaling_factor
 
     def run_empty(self) -> None:
         """This rank has no token: it takes part in the exchange all the same."""
@@ -124,7 +107,8 @@ class _Layer:
     def __init__(self, checkpoint: Checkpoint, layer: int, exchange: ExpertExchange) -> None:
         config = checkpoint.config
         prefix = f"model.layers.{layer}"
-        self.attention = Attention(checkpoint, layer)
+        is_latent = isinstance(config.attention, LatentAttentionShape)
+        self.attention: Attention = (LatentAttention if is_latent else GroupedAttention)(checkpoint, layer)
         self.norm_before = _norm(checkpoint, f"{prefix}.input_layernorm")
         self.norm_after = _norm(checkpoint, f"{prefix}.post_attention_layernorm")
         self.mlp: _Mlp | _Moe
@@ -163,7 +147,7 @@ class Model:
         head = self._embedding
         if not config.tie_word_embeddings:
             head = checkpoint.tensor("lm_head.weight", (config.vocab_size, config.hidden_size))
-        self._head = head.t().contiguous()
+        self._head = input_major(head)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:

@@ -47,11 +47,19 @@ def linear(x_RK: Tensor, weight_KN: Tensor) -> Tensor:
     return out_RN
 
 
+def input_major(weight_NK: Tensor) -> Tensor:
+    """fp32 [K, N], contiguous: a stored weight as `linear` wants it. A copy."""
+    return weight_NK.t().to(torch.float32).contiguous()
+
+
 class RmsNorm:
-    """x / sqrt(mean(x^2) + eps) * weight, per row; computed as x / sqrt(sum(x^2) + K eps) * (weight sqrt(K))."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, as x / sqrt(sum(x^2) + K eps) * (weight sqrt(K)).
+
+    The weight may have more dimensions than that, say one row for each head.
+    """
 
     def __init__(self, weight_K: Tensor, eps: float) -> None:
-        size = weight_K.shape[0]
+        size = weight_K.shape[-1]
         self._weight_K = weight_K * math.sqrt(size)
         self._eps = eps * size
 
@@ -63,6 +71,12 @@ class RmsNorm:
 def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + exp(-x)) without torch.sigmoid, whose bits depend on an element's place (module docstring)."""
     return x.neg().exp_().add_(1.0).reciprocal_()
+
+
+def softmax(x_RK: Tensor) -> Tensor:
+    """exp(x - max) / sum over the last dimension."""
+    weight_RK = (x_RK - x_RK.amax(-1, keepdim=True)).exp_()
+    return weight_RK / weight_RK.sum(-1, keepdim=True)
 
 
 def silu(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from common.model.checkpoint import Checkpoint
 from common.model.experts import ExpertWeights, LocalExperts, combine_ordered, expert_rows
 from common.model.model import Batch, Model
 from common.model.row_blocks import ROW_BLOCK, linear, sigmoid, silu
-from tests.unit.model.tiny_models import TINY_RANDOM, feed, open_model
+from tests.unit.model.tiny_models import TINY_RANDOM, feed, feed_together, open_model, token_by_token
 
 VOCAB = 260
 NUM_BLOCKS = 96
@@ -23,40 +23,6 @@ def one_thread() -> None:
 @pytest.fixture(scope="module")
 def model() -> Model:
     return open_model(num_blocks=NUM_BLOCKS, block_size=16)
-
-
-def token_by_token(model: Model, ids: list[int]) -> Tensor:
-    table = list(range(NUM_BLOCKS // 2))
-    return torch.cat([feed(model, [([token], position, table)])[0] for position, token in enumerate(ids)])
-
-
-def random_chunks(rng: np.random.Generator, size: int, largest: int) -> list[int]:
-    chunks = []
-    while size:
-        chunks.append(int(rng.integers(1, min(size, largest) + 1)))
-        size -= chunks[-1]
-    return chunks
-
-
-def feed_together(model: Model, rng: np.random.Generator, prompts: list[list[int]], largest: int) -> list[Tensor]:
-    """All prompts side by side, on shuffled blocks: each round takes chunks of a random subset in random order."""
-    blocks = rng.permutation(NUM_BLOCKS).tolist()
-    need = [-(-len(ids) // 16) for ids in prompts]
-    tables = [[blocks.pop() for _ in range(count)] for count in need]
-    chunks = [random_chunks(rng, len(ids), largest) for ids in prompts]
-    done = [0] * len(prompts)
-    logits: list[list[Tensor]] = [[] for _ in prompts]
-    while any(chunks):
-        waiting = [i for i, left in enumerate(chunks) if left]
-        chosen = rng.permutation(waiting)[: rng.integers(1, len(waiting) + 1)].tolist()
-        work = []
-        for i in chosen:
-            size = chunks[i].pop(0)
-            work.append((prompts[i][done[i] : done[i] + size], done[i], tables[i]))
-            done[i] += size
-        for i, rows in zip(chosen, feed(model, work), strict=True):
-            logits[i].append(rows)
-    return [torch.cat(rows) for rows in logits]
 
 
 @pytest.mark.parametrize("seed", range(3))
