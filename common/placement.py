@@ -11,9 +11,11 @@ Shapes: L mixture-of-experts layers, E logical experts, T tokens, K experts of o
 """
 
 import heapq
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import chain
 
 import numpy as np
@@ -200,17 +202,44 @@ def _with_moves(rows: tuple[tuple[int, ...], ...], moves: list[Move]) -> tuple[t
     return tuple(tuple(changed[rank]) if rank in changed else row for rank, row in enumerate(rows))
 
 
+class ReplicaPolicy(StrEnum):
+    """Which live copies of an expert the tokens of one rank go to.
+
+    LOCAL_FIRST: its own copy if it has one, else all by hash. HASH: all by hash. REMOTE_FIRST: all but its own by hash;
+    moves load away from a rank that is behind. STATIC: one copy, such that the ranks divide evenly over the copies.
+    """
+
+    LOCAL_FIRST = "local_first"
+    HASH = "hash"
+    REMOTE_FIRST = "remote_first"
+    STATIC = "static"
+
+
 class ReplicaChoice:
     """Where the tokens of one rank go under one view: a local copy if there is one, else a live copy by hash.
 
-    Built once per view, asked once per layer and round.
+    Built once per view, asked once per layer and round. Another ``policy`` may be given, and a rank to ``avoid`` where
+    there is another live copy. Every choice gives the same tokens; only where they are computed differs.
     """
 
     def __init__(
-        self, physical_to_logical: PhysicalToLogical, members: Sequence[int], num_logical_experts: int, own_rank: int
+        self,
+        physical_to_logical: PhysicalToLogical,
+        members: Sequence[int],
+        num_logical_experts: int,
+        own_rank: int,
+        policy: ReplicaPolicy = ReplicaPolicy.LOCAL_FIRST,
+        avoid: int | None = None,
     ) -> None:
+        order = sorted(members)
         self._tables = [
-            _replica_table(rows, sorted(members), num_logical_experts, own_rank) for rows in physical_to_logical
+            _replica_table(
+                [
+                    _preferred(places, order, own_rank, policy, avoid)
+                    for places in _places(rows, order, num_logical_experts)
+                ]
+            )
+            for rows in physical_to_logical
         ]
 
     def choose(
@@ -225,20 +254,39 @@ class ReplicaChoice:
         return rank_table.take(index_TK), local_table.take(index_TK)
 
 
-def _replica_table(
-    rows: tuple[tuple[int, ...], ...], members: list[int], num_logical_experts: int, own_rank: int
-) -> tuple[IntArray, IntArray]:
-    """Two flat tables [E * columns]: rank and local of the copy that serves (expert, column)."""
+def _places(
+    rows: tuple[tuple[int, ...], ...], members: list[int], num_logical_experts: int
+) -> list[list[tuple[int, int]]]:
+    """(rank, local) of the live copies of each expert."""
     copies: list[list[tuple[int, int]]] = [[] for _ in range(num_logical_experts)]
     for rank in members:
         for local, expert in enumerate(rows[rank]):
             if expert != EMPTY:
                 copies[expert].append((rank, local))
-    table = np.full((num_logical_experts, _NUM_COLUMNS, 2), -1, dtype=np.int64)
+    return copies
+
+
+def _preferred(
+    places: list[tuple[int, int]], members: list[int], own_rank: int, policy: ReplicaPolicy, avoid: int | None
+) -> list[tuple[int, int]]:
+    places = [place for place in places if place[0] != avoid] or places
+    own = [place for place in places if place[0] == own_rank]
+    match policy:
+        case ReplicaPolicy.LOCAL_FIRST:
+            return own[:1] or places
+        case ReplicaPolicy.HASH:
+            return places
+        case ReplicaPolicy.REMOTE_FIRST:
+            return [place for place in places if place[0] != own_rank] or places
+        case ReplicaPolicy.STATIC:
+            return places and [places[bisect_left(members, own_rank) % len(places)]]
+
+
+def _replica_table(places_E: list[list[tuple[int, int]]]) -> tuple[IntArray, IntArray]:
+    """Two flat tables [E * columns]: rank and local of the copy that serves (expert, column)."""
+    table = np.full((len(places_E), _NUM_COLUMNS, 2), -1, dtype=np.int64)
     columns = np.arange(_NUM_COLUMNS)
-    for expert, places in enumerate(copies):
-        if own := [place for place in places if place[0] == own_rank]:
-            places = own[:1]
+    for expert, places in enumerate(places_E):
         if places:
             # Shifted by the expert, so that one token's experts with equal holders do not all go to the same one.
             table[expert] = np.array(places)[(columns + expert) % len(places)]
