@@ -76,6 +76,10 @@ class Tokenizer:
     def token_id(self, token: str) -> int | None:
         return self._backend.token_to_id(token)
 
+    def token(self, id: int) -> str:
+        """The vocabulary's own spelling of a token ("" for an id without one), not fit for people as its text is."""
+        return self._backend.id_to_token(id) or ""
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids. Special tokens written out in the text are recognised as such."""
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)

@@ -24,11 +24,13 @@ class Admission:
     config: RouterConfig
     draining: bool = False
 
-    def consider(self, num_in_flight: int) -> Turnaway | None:
-        """None when one more request may come in."""
+    def consider(self, num_in_flight: int, num_more: int = 1) -> Turnaway | None:
+        """None when ``num_more`` requests may come in together."""
         if self.draining:
             return Turnaway(503, "this router is shutting down; send the request again", RETRY_AFTER_S)
-        if num_in_flight >= self.config.max_queued:
+        if num_in_flight + num_more > self.config.max_queued:
             limit = self.config.max_queued
-            return Turnaway(429, f"too many requests: {limit} are in flight already", RETRY_AFTER_S)
+            return Turnaway(
+                429, f"too many requests: {num_in_flight} of at most {limit} are in flight already", RETRY_AFTER_S
+            )
         return None

@@ -7,7 +7,7 @@ from typing import Any
 
 from common.messages import Status
 from services.router.admission import RETRY_AFTER_S
-from services.router.request_parsing import ApiError
+from services.router.api_error import ApiError
 
 _DEADLINE_S = 1.0
 

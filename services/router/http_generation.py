@@ -1,76 +1,86 @@
-"""One request between the router core, which delivers tokens, and the HTTP handler, which waits for text."""
+"""One HTTP request between the router core, which delivers tokens, and the handler, which waits for text."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from common.ids import RequestId
 from common.metrics import RouterMetrics
+from services.router.api_error import ApiError
 from services.router.request_actions import Deliver
-from services.router.request_parsing import ApiError
 from services.router.text_stream import TextDelta, TextStream
+
+# Bounded by max_tokens: there is at most one entry for each token of each choice.
+Outbox = asyncio.Queue[tuple[int, TextDelta | ApiError]]
 
 
 class Generation:
-    """Use it as a context manager: leaving the block before the end tells the cluster that the client is gone."""
+    """One choice: a request of the core. What it delivers goes into an outbox that all choices share."""
 
     def __init__(
-        self,
-        id: RequestId,
-        text: TextStream,
-        metrics: RouterMetrics,
-        now: float,
-        on_close: Callable[[RequestId], None],
+        self, id: RequestId, index: int, text: TextStream, outbox: Outbox, metrics: RouterMetrics, now: float
     ) -> None:
-        self.id, self._text, self._metrics, self._on_close = id, text, metrics, on_close
-        # Bounded by max_tokens: there is at most one entry for each token.
-        self._queue: asyncio.Queue[TextDelta | ApiError] = asyncio.Queue()
+        self.id, self._index, self._text, self._outbox, self._metrics = id, index, text, outbox, metrics
         self._last_token_at = now
         self.ended = False
-
-    @property
-    def num_tokens(self) -> int:
-        return self._text.num_tokens
 
     def deliver(self, tokens: Deliver, now: float) -> None:
         """Hands text to the waiting handler. `ended` is set when the text is complete, be it by a stop string."""
         if self.ended:
             return
         first = self._text.num_tokens == 0
-        delta = self._text.push(tokens.ids, tokens.logprobs, tokens.finish)
+        delta = self._text.push(tokens.ids, tokens.logprobs, tokens.finish, tokens.top_logprobs, tokens.prompt_logprobs)
         histogram = self._metrics.time_to_first_token if first else self._metrics.token_gap
         histogram.observe(now - self._last_token_at)
         self._last_token_at = now
         self._metrics.output_tokens.inc(len(delta.ids))
-        self._queue.put_nowait(delta)
+        self._outbox.put_nowait((self._index, delta))
         if delta.finish:
             self._end("finished")
 
     def fail(self, error: ApiError) -> None:
         if not self.ended:
-            self._queue.put_nowait(error)
+            self._outbox.put_nowait((self._index, error))
             self._end("failed")
 
-    async def next(self) -> TextDelta:
-        """The next text, which ends the request if it has a finish. Raises ApiError when there will be no more.
+    def cancel(self) -> None:
+        if not self.ended:
+            self._end("cancelled")
 
-        Waits no longer than the request's deadline, which the core keeps.
+    def _end(self, outcome: str) -> None:
+        self.ended = True
+        self._metrics.requests.labels(outcome=outcome).inc()
+
+
+class Generations:
+    """The choices of one HTTP request, as a context manager: leaving the block before the end tells the cluster that
+    the client is gone."""
+
+    def __init__(self, choices: Sequence[Generation], outbox: Outbox, on_close: Callable[[RequestId], None]) -> None:
+        self._choices, self._outbox, self._on_close = choices, outbox, on_close
+
+    @property
+    def id(self) -> RequestId:
+        """That of the first choice."""
+        return self._choices[0].id
+
+    async def next(self) -> tuple[int, TextDelta]:
+        """The next text and the number of its choice, which it ends if it has a finish.
+
+        Raises ApiError when one of the choices has failed. Waits no longer than the deadline of a request, which the
+        core keeps.
         """
-        delta = await self._queue.get()
+        index, delta = await self._outbox.get()
         if isinstance(delta, ApiError):
             raise delta
-        return delta
+        return index, delta
 
-    def __enter__(self) -> "Generation":
+    def __enter__(self) -> "Generations":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self.ended:
-            self._end("cancelled")
-        self._on_close(self.id)
-
-    def _end(self, outcome: str) -> None:
-        self.ended = True
-        self._metrics.requests.labels(outcome=outcome).inc()
+        for choice in self._choices:
+            choice.cancel()
+            self._on_close(choice.id)

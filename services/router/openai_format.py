@@ -1,6 +1,7 @@
 """Bodies of the OpenAI API as plain dicts: completions, chat completions, their chunks, errors, model cards.
 
-Fields and their order are those of the OpenAI documentation; errors carry the HTTP status as ``code``, as vLLM's do.
+Fields and their order are those of the OpenAI documentation; ``stop_reason`` (the stop string or stop token id that
+ended a choice) is vLLM's, and errors carry the HTTP status as ``code``, as vLLM's do.
 """
 
 from collections.abc import Sequence
@@ -23,10 +24,16 @@ _ERROR_TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A chosen token as shown to a client, and the natural logarithm of its probability."""
+    """A token as shown to a client, and the natural logarithm of its probability; None: nothing stands before it.
+
+    ``top`` are the alternatives that were asked for, the likeliest first; ``num_characters`` is the token's part in the
+    text, in which special tokens have none.
+    """
 
     text: str
-    logprob: float
+    logprob: float | None
+    num_characters: int
+    top: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +58,18 @@ class ResponseHead:
     created: int
     chat: bool
 
-    def body(self, object_name: str, choices: list[Body]) -> Body:
+    def whole(self, choices: list[Body], usage: Usage) -> Body:
+        """The answer to a request without ``stream``."""
+        return {**self._body("chat.completion" if self.chat else "text_completion", choices), "usage": usage.body()}
+
+    def chunk(self, choices: list[Body], usage: Usage | None = None) -> Body:
+        """A part of a stream. Without choices and with ``usage`` it is the last one."""
+        body = self._body("chat.completion.chunk" if self.chat else "text_completion", choices)
+        if usage is not None:
+            body["usage"] = usage.body()
+        return body
+
+    def _body(self, object_name: str, choices: list[Body]) -> Body:
         return {
             "id": self.id,
             "object": object_name,
@@ -61,79 +79,71 @@ class ResponseHead:
         }
 
 
-def whole_response(
-    head: ResponseHead, text: str, finish: str, logprobs: Sequence[TokenLogprob] | None, usage: Usage
-) -> Body:
-    """The answer to a request without ``stream``; ``logprobs`` None = not asked for."""
-    if head.chat:
-        choice: Body = {
-            "index": 0,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": None if logprobs is None else chat_logprobs(logprobs),
-            "finish_reason": finish,
-        }
-        body = head.body("chat.completion", [choice])
-    else:
-        choice = {
-            "index": 0,
-            "text": text,
-            "logprobs": None if logprobs is None else completion_logprobs(logprobs, 0),
-            "finish_reason": finish,
-        }
-        body = head.body("text_completion", [choice])
-    body["usage"] = usage.body()
-    return body
+def chat_choice(index: int, text: str, logprobs: Body | None, finish: str, stop_reason: int | str | None) -> Body:
+    message = {"role": "assistant", "content": text, "refusal": None}
+    return {"index": index, "message": message, "logprobs": logprobs, **_end(finish, stop_reason)}
 
 
-def role_chunk(head: ResponseHead) -> Body:
-    """The first chunk of a chat stream."""
-    return _chat_chunk(head, {"role": "assistant", "content": ""}, None, None)
+def chat_delta(index: int, text: str, logprobs: Body | None, finish: str, stop_reason: int | str | None) -> Body:
+    return {"index": index, "delta": {"content": text}, "logprobs": logprobs, **_end(finish, stop_reason)}
 
 
-def chunk(
-    head: ResponseHead, text: str, finish: str, logprobs: Sequence[TokenLogprob] | None, text_offset: int
-) -> Body:
-    """``text_offset``: characters of the tokens that earlier chunks had."""
-    if head.chat:
-        return _chat_chunk(
-            head, {"content": text}, finish or None, None if logprobs is None else chat_logprobs(logprobs)
-        )
-    choice: Body = {
-        "index": 0,
-        "text": text,
-        "logprobs": None if logprobs is None else completion_logprobs(logprobs, text_offset),
-        "finish_reason": finish or None,
-    }
-    return head.body("text_completion", [choice])
+def chat_role(index: int) -> Body:
+    """The first delta of each choice of a chat."""
+    return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, **_end("", None)}
 
 
-def usage_chunk(head: ResponseHead, usage: Usage) -> Body:
-    """The last chunk when ``stream_options.include_usage`` is set."""
-    body = head.body("chat.completion.chunk" if head.chat else "text_completion", [])
-    body["usage"] = usage.body()
-    return body
+def completion_choice(index: int, text: str, logprobs: Body | None, finish: str, stop_reason: int | str | None) -> Body:
+    """Whole, or a part of a stream."""
+    return {"index": index, "text": text, "logprobs": logprobs, **_end(finish, stop_reason)}
 
 
 def completion_logprobs(tokens: Sequence[TokenLogprob], text_offset: int) -> Body:
-    """The legacy format: parallel lists. Only the chosen token is known, so it is its own list of alternatives."""
+    """The legacy format: parallel lists. ``text_offset``: characters of the tokens before these.
+
+    A token's alternatives are a map by text, in which the token itself always is. The first token of a prompt has
+    neither.
+    """
     offsets = []
     for token in tokens:
         offsets.append(text_offset)
-        text_offset += len(token.text)
+        text_offset += token.num_characters
     return {
         "text_offset": offsets,
         "token_logprobs": [token.logprob for token in tokens],
         "tokens": [token.text for token in tokens],
-        "top_logprobs": [{token.text: token.logprob} for token in tokens],
+        "top_logprobs": [_alternatives(token) for token in tokens],
     }
+
+
+def _alternatives(token: TokenLogprob) -> dict[str, float] | None:
+    if token.logprob is None:
+        return None
+    alternatives: dict[str, float] = {}
+    for text, logprob in token.top:
+        alternatives.setdefault(text, logprob)
+    # Several ids may show as the same text; the chosen one has the say.
+    alternatives[token.text] = token.logprob
+    return alternatives
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob]) -> Body:
     content = [
-        {"token": token.text, "logprob": token.logprob, "bytes": list(token.text.encode()), "top_logprobs": []}
+        {
+            **_chat_token(token.text, token.logprob),
+            "top_logprobs": [_chat_token(text, logprob) for text, logprob in token.top],
+        }
         for token in tokens
     ]
     return {"content": content, "refusal": None}
+
+
+def _chat_token(text: str, logprob: float | None) -> Body:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def _end(finish: str, stop_reason: int | str | None) -> Body:
+    return {"finish_reason": finish or None, "stop_reason": stop_reason}
 
 
 def error_body(status: int, message: str, param: str | None = None) -> Body:
@@ -153,8 +163,3 @@ def model_list(model: str, created: int, max_model_len: int) -> Body:
         "max_model_len": max_model_len,
     }
     return {"object": "list", "data": [card]}
-
-
-def _chat_chunk(head: ResponseHead, delta: Body, finish: str | None, logprobs: Body | None) -> Body:
-    choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-    return head.body("chat.completion.chunk", [choice])

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from common.ids import ProcessId, RequestId
-from common.messages import Message
+from common.messages import Message, TopLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,9 @@ class Send:
 class Deliver:
     """Outputs [start, start + len(ids)) of ``request``, each handed over exactly once and in order.
 
-    ``logprobs`` is empty or as long as ``ids``; a non-empty ``finish`` ("stop" or "length") ends the request.
+    ``logprobs`` and ``top_logprobs`` are empty or as long as ``ids``; ``prompt_logprobs``, if asked for, come with
+    output 0 and cover all of the prompt but its first token. A non-empty ``finish`` ("stop" or "length") ends the
+    request.
     """
 
     request: RequestId
@@ -26,6 +28,8 @@ class Deliver:
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish: str = ""
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    prompt_logprobs: tuple[tuple[float, TopLogprobs], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,7 +134,7 @@ class RequestLifecycle:
         """Tokens of the current attempt from its place. Takes the suffix that is new, asks when there is a gap."""
         assert self.place is not None, "tokens of the current attempt come from its place"
         have, end = len(self.outputs), tokens.start + len(tokens.ids)
-        if self.sampling.logprobs and len(tokens.logprobs) != len(tokens.ids):
+        if self._lacks_logprobs(tokens):
             self.num_stale_tokens += len(tokens.ids)
             return []
         if tokens.start > have:
@@ -148,14 +148,30 @@ class RequestLifecycle:
         self.avoid.clear()
         self._num_refusals = 0
         self._deadline = now + self.config.request_deadline_s
-        logprobs = tokens.logprobs[have - tokens.start :]
-        actions: list[Action] = [Deliver(self.id, have, new, logprobs, tokens.finish)]
+        logprobs, tops = tokens.logprobs[have - tokens.start :], tokens.top_logprobs[have - tokens.start :]
+        prompt_logprobs = tokens.prompt_logprobs if have == 0 else ()
+        actions: list[Action] = [Deliver(self.id, have, new, logprobs, tokens.finish, tops, prompt_logprobs)]
         if tokens.finish:
             self.machine.move(State.DONE, now, tokens.finish)
             actions.append(Send(self.place.decode, Release(self.id, self.attempt)))
         elif self.state is not State.DECODING:
             self.machine.move(State.DECODING, now, "tokens")
         return actions
+
+    def _lacks_logprobs(self, tokens: Tokens) -> bool:
+        """Whether something that the client asked for is missing: then the tokens do not count either."""
+        wanted, num_ids = self.sampling, len(tokens.ids)
+        return (
+            (wanted.logprobs and len(tokens.logprobs) != num_ids)
+            or (wanted.num_top_logprobs > 0 and len(tokens.top_logprobs) != num_ids)
+            or (
+                wanted.prompt_logprobs
+                and not self.outputs
+                and tokens.start == 0
+                and num_ids > 0
+                and len(tokens.prompt_logprobs) != len(self.prompt) - 1
+            )
+        )
 
     def _on_nothing_new(self, tokens: Tokens, now: float) -> list[Action]:
         """Doubled tokens, or "alive" (no ids): a decoding rank is believed, but one that still lacks the KV is not

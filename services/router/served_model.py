@@ -6,7 +6,13 @@ from pathlib import Path
 from common.config import ClusterConfig
 from common.model.config import load_generation_defaults, load_model_config
 from common.model.tokenizer import ChatTemplateError, IncrementalDetokenizer, Tokenizer
-from services.router.request_parsing import ApiError, ModelLimits, ParsedRequest
+from services.router.api_error import ApiError
+from services.router.choices import Prompt
+from services.router.model_limits import ModelLimits
+from services.router.openai_format import Body
+from services.router.prompt_parsing import Message
+from services.router.request_parsing import ParsedRequest
+from services.router.tokenization import TokenizeRequest, tokenized
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,18 +20,29 @@ class ServedModel:
     limits: ModelLimits
     tokenizer: Tokenizer
 
-    def prompt_ids(self, parsed: ParsedRequest) -> tuple[int, ...]:
-        """Token ids of the prompt. Raises ApiError when the chat template refuses the messages."""
-        match parsed.prompt:
-            case tuple():
-                return parsed.prompt
-            case str():
-                return tuple(self.tokenizer.encode(parsed.prompt))
-            case _:
-                try:
-                    return tuple(self.tokenizer.encode_chat(parsed.prompt))
-                except ChatTemplateError as error:
-                    raise ApiError(400, str(error), parsed.prompt_field) from None
+    def prompts(self, parsed: ParsedRequest) -> list[Prompt]:
+        """The prompts of a request as token ids. Raises ApiError when the chat template refuses the messages."""
+        if parsed.chat:
+            text = self._render(parsed.messages, add_generation_prompt=True)
+            return [Prompt(tuple(self.tokenizer.encode(text, add_special_tokens=False)), text)]
+        return [
+            Prompt(tuple(self.tokenizer.encode(prompt)), prompt)
+            if isinstance(prompt, str)
+            else Prompt(prompt, self.tokenizer.decode(prompt))
+            for prompt in parsed.prompts
+        ]
+
+    def tokenize(self, request: TokenizeRequest) -> Body:
+        """Raises ApiError when the chat template refuses the messages."""
+        text = request.prompt
+        if request.messages:
+            text = self._render(request.messages, request.add_generation_prompt)
+        ids = self.tokenizer.encode(text, request.add_special_tokens)
+        token_strs = [self.tokenizer.token(id) for id in ids] if request.return_token_strs else None
+        return tokenized(ids, token_strs, self.limits)
+
+    def detokenize(self, ids: tuple[int, ...]) -> Body:
+        return {"prompt": self.tokenizer.decode(ids, skip_special_tokens=False)}
 
     def detokenizer(self) -> IncrementalDetokenizer:
         return IncrementalDetokenizer(self.tokenizer)
@@ -33,6 +50,16 @@ class ServedModel:
     def token_text(self, id: int) -> str:
         """The text of one token by itself; special tokens show their names."""
         return self.tokenizer.decode([id], skip_special_tokens=False)
+
+    def num_characters(self, id: int) -> int:
+        """What one token adds to a text, in which special tokens do not show."""
+        return len(self.tokenizer.decode([id]))
+
+    def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        try:
+            return self.tokenizer.render_chat(messages, add_generation_prompt)
+        except ChatTemplateError as error:
+            raise ApiError(400, str(error), "messages") from None
 
 
 def load_served_model(config: ClusterConfig) -> ServedModel:

@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import zmq.asyncio
@@ -18,17 +19,18 @@ from aiohttp import web
 from common.bus import BusSubscriber
 from common.config import ClusterConfig
 from common.ids import Epoch, ProcessId, RequestId, make_process_id, make_request_id
-from common.messages import AskStatus, Directory, Heartbeat, Hello, Message, Sampling, Status, View, Welcome
+from common.messages import AskStatus, Directory, Heartbeat, Hello, Message, Status, View, Welcome
 from common.metrics import render, router_metrics
 from common.monitor_client import MonitorClient
 from common.process_args import ProcessArgs
 from common.transport import Link
 from services.router.admission import RETRY_AFTER_OUTAGE_S, RETRY_AFTER_S, Admission
+from services.router.api_error import ApiError
+from services.router.choices import Choice
 from services.router.http_api import listen, make_runner
 from services.router.http_cluster import ClusterStatus
-from services.router.http_generation import Generation
+from services.router.http_generation import Generation, Generations, Outbox
 from services.router.request_actions import Action, Deliver, Fail, Replaced, Send
-from services.router.request_parsing import ApiError
 from services.router.request_table import RequestTable
 from services.router.served_model import ServedModel, load_served_model
 from services.router.text_stream import TextStream
@@ -114,20 +116,28 @@ class Router:
             raise ApiError(503, "the router has not heard from its monitor yet", retry_after_s=RETRY_AFTER_OUTAGE_S)
         return self._model
 
-    def open(self, prompt: tuple[int, ...], sampling: Sampling, stops: tuple[str, ...]) -> Generation:
-        turnaway = self._admission.consider(len(self._table))
+    def max_choices(self) -> int:
+        return self._config.router.max_queued
+
+    def open(self, choices: Sequence[Choice], stops: tuple[str, ...]) -> Generations:
+        turnaway = self._admission.consider(len(self._table), len(choices))
         if turnaway is not None:
             self._metrics.requests.labels(outcome="refused").inc()
             raise ApiError(turnaway.status, turnaway.message, retry_after_s=turnaway.retry_after_s)
+        now, outbox = time.monotonic(), Outbox()
+        generations = [self._open(index, choice, stops, outbox, now) for index, choice in enumerate(choices)]
+        return Generations(generations, outbox, self._on_generation_closed)
+
+    def _open(self, index: int, choice: Choice, stops: tuple[str, ...], outbox: Outbox, now: float) -> Generation:
         self._num_requests += 1
         id = make_request_id(self._nonce, self._num_requests)
-        now = time.monotonic()
-        text = TextStream(self.model().detokenizer(), stops)
-        generation = Generation(id, text, self._metrics, now, self._on_generation_closed)
+        sampling = choice.sampling
+        text = TextStream(self.model().detokenizer(), stops, sampling.min_tokens)
+        generation = Generation(id, index, text, outbox, self._metrics, now)
         self._generations[id] = generation
         self._idle.clear()
-        self._metrics.prompt_tokens.inc(len(prompt))
-        self._perform(self._table.on_submit(id, prompt, sampling, now), now)
+        self._metrics.prompt_tokens.inc(len(choice.prompt.ids))
+        self._perform(self._table.on_submit(id, choice.prompt.ids, sampling, now), now)
         return generation
 
     def unhealthy(self) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from common.messages import TopLogprobs
 from services.router.stop_strings import StopStrings
 
 
@@ -18,41 +19,63 @@ class Detokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """``ids`` are the tokens that this text comes from, as far as they count; text may lag behind its tokens."""
+    """``ids`` are the tokens that this text comes from, as far as they count; text may lag behind its tokens.
+
+    ``stop`` is the stop string that ended the text, if one did. The first delta has the ``prompt_logprobs``, if asked.
+    """
 
     text: str
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish: str = ""
+    stop: str | None = None
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    prompt_logprobs: tuple[tuple[float, TopLogprobs], ...] = ()
 
 
 class TextStream:
-    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str]) -> None:
+    """Stop strings are looked for behind the text of the first ``min_tokens`` tokens."""
+
+    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str], min_tokens: int = 0) -> None:
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops)
+        self._min_tokens = min_tokens
         self.num_tokens = 0
-        self.text = ""
 
-    def push(self, ids: tuple[int, ...], logprobs: tuple[float, ...], finish: str) -> TextDelta:
+    def push(
+        self,
+        ids: tuple[int, ...],
+        logprobs: tuple[float, ...],
+        finish: str,
+        top_logprobs: tuple[TopLogprobs, ...] = (),
+        prompt_logprobs: tuple[tuple[float, TopLogprobs], ...] = (),
+    ) -> TextDelta:
         """``finish`` "stop" says that the last id is the end of the sequence, which counts but is not shown.
 
         A stop string ends the text before ``finish`` does; tokens after the one that completes it do not count.
         """
         pieces: list[str] = []
-        num_shown = len(ids) - 1 if finish == "stop" and ids else len(ids)
-        for number in range(num_shown):
-            text, stop = self._stops.push(self._detokenizer.push(ids[number : number + 1]))
+        num_counted, stop = len(ids), None
+        for number in range(len(ids) - 1 if finish == "stop" and ids else len(ids)):
+            text, stop = self._find_stop(self._detokenizer.push(ids[number : number + 1]), self.num_tokens + number)
             pieces.append(text)
             if stop is not None:
-                return self._delta(pieces, ids[: number + 1], logprobs[: number + 1], "stop")
-        if finish:
-            text, stop = self._stops.push(self._detokenizer.flush())
+                num_counted = number + 1
+                break
+        if finish and stop is None:
+            text, stop = self._find_stop(self._detokenizer.flush(), self.num_tokens + len(ids) - 1)
             pieces += [text] if stop is not None else [text, self._stops.flush()]
-            finish = "stop" if stop is not None else finish
-        return self._delta(pieces, ids, logprobs, finish)
+        self.num_tokens += num_counted
+        return TextDelta(
+            "".join(pieces),
+            ids[:num_counted],
+            logprobs[:num_counted],
+            finish if stop is None else "stop",
+            stop,
+            top_logprobs[:num_counted],
+            prompt_logprobs,
+        )
 
-    def _delta(self, pieces: list[str], ids: tuple[int, ...], logprobs: tuple[float, ...], finish: str) -> TextDelta:
-        text = "".join(pieces)
-        self.num_tokens += len(ids)
-        self.text += text
-        return TextDelta(text, ids, logprobs, finish)
+    def _find_stop(self, text: str, index: int) -> tuple[str, str | None]:
+        """``index`` is that of the token which completed ``text``."""
+        return (text, None) if index < self._min_tokens else self._stops.push(text)

@@ -39,6 +39,7 @@ from common.messages import (
     Status,
     TokenBatch,
     Tokens,
+    TopLogprobs,
     Unknown,
     View,
     Welcome,
@@ -64,6 +65,19 @@ def token(prompt: tuple[int, ...], index: int) -> int:
 
 def logprob(prompt: tuple[int, ...], index: int) -> float:
     return -(zlib.crc32(repr((prompt, index, "p")).encode()) + 1) / 2**31
+
+
+def alternatives(prompt: tuple[int, ...], index: int, count: int) -> TopLogprobs:
+    """What the fake model calls the likeliest tokens at ``index``; the chosen one is the second."""
+    others = [4 + (token(prompt, index) - 4 + step) % 94 for step in (1, *range(count, 1, -1))]
+    ids = [others[0], token(prompt, index), *others[1:]][:count]
+    return tuple((id, logprob(prompt, index) + 0.25 - 0.25 * place) for place, id in enumerate(ids))
+
+
+def prompt_logprobs(prompt: tuple[int, ...], count: int) -> tuple[tuple[float, TopLogprobs], ...]:
+    """Of all prompt tokens but the first."""
+    positions = range(1 - len(prompt), 0)
+    return tuple((logprob(prompt, position), alternatives(prompt, position, count)) for position in positions)
 
 
 async def until(condition: Callable[[], bool], within_s: float = 20.0) -> None:
@@ -148,17 +162,27 @@ class FakeDecode:
         return EOS if at_end else token(row.announce.prompt, len(row.outputs))
 
     def _finish(self, row: _Row) -> str:
-        if row.outputs and row.outputs[-1] == EOS:
+        sampling, num_outputs = row.announce.sampling, len(row.outputs)
+        if num_outputs > sampling.min_tokens and row.outputs[-1] in sampling.stop_ids:
             return "stop"
-        return "length" if len(row.outputs) >= row.announce.sampling.max_tokens else ""
+        return "length" if num_outputs >= sampling.max_tokens else ""
 
     def _send(self, row: _Row, start: int) -> None:
-        ids = tuple(row.outputs[start:])
-        logprobs = tuple(logprob(row.announce.prompt, start + n) for n in range(len(ids)))
-        if not row.announce.sampling.logprobs:
-            logprobs = ()
-        announce = row.announce
-        tokens = Tokens(announce.request, announce.attempt, start, ids, logprobs, self._finish(row))
+        announce, ids = row.announce, tuple(row.outputs[start:])
+        prompt, sampling = announce.prompt, announce.sampling
+        indices = range(start, start + len(ids))
+        tokens = Tokens(
+            announce.request,
+            announce.attempt,
+            start,
+            ids,
+            tuple(logprob(prompt, index) for index in indices) if sampling.logprobs else (),
+            self._finish(row),
+            tuple(alternatives(prompt, index, sampling.num_top_logprobs) for index in indices)
+            if sampling.num_top_logprobs
+            else (),
+            prompt_logprobs(prompt, sampling.num_top_logprobs) if sampling.prompt_logprobs and start == 0 else (),
+        )
         batch = TokenBatch(self.rank, self.incarnation, Epoch(0), (tokens,), len(self.rows), 1000)
         self.endpoint.send(row.router, batch)
 

@@ -13,6 +13,7 @@ from common.config import ClusterConfig
 from common.ids import Epoch
 from common.messages import RollAnswer, RollCall, SlotLeft, TokenBatch, VoidReport
 from common.model.experts import expert_rows
+from common.model.token_choice import TokenChoice
 from services.decode import elastic_exchange
 from services.decode.delivery import Step
 from tests.services.decode_group import MONITOR, Group, Request, decode_group, tiny_config
@@ -202,7 +203,7 @@ def test_tokens_of_a_void_round_are_thrown_away(tmp_path: Path) -> None:
         assert engine is not None
         compute, num_left = engine.compute, 4
 
-        def void_once(steps: Sequence[Step]) -> list[tuple[int, float]] | None:
+        def void_once(steps: Sequence[Step]) -> list[TokenChoice] | None:
             nonlocal num_left
             outputs = compute(steps)
             num_left -= 1
