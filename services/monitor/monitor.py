@@ -225,7 +225,12 @@ class Monitor:
                 self.joining.on_heartbeat(process, now)
         # Agents hold no view: telling them the epoch would make them ask for one with every heartbeat.
         epoch = Epoch(0) if process is not None and process.hello.kind == "agent" else self.group.epoch
-        known = process is not None and not (self.phase is Phase.GATHERING and has_moved_on(process))
+        # must_greet: the Hello that was due may be lost, and the Welcome to an older one has ended its repetition.
+        known = (
+            process is not None
+            and not process.must_greet
+            and not (self.phase is Phase.GATHERING and has_moved_on(process))
+        )
         version = self.directory.message.version
         self._outbox.send(peer, HeartbeatReply(self.id, self.counter.term, epoch, version, known))
 

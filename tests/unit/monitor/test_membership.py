@@ -1,8 +1,8 @@
 """Each rule of membership by itself: who is removed, on what evidence, how soon; and who is not."""
 
 from common.config import ClusterConfig, DecodeConfig
-from common.ids import Epoch, ProcessId
-from common.messages import Prepare, RollCall, Signal, View, Welcome
+from common.ids import NO_RANK, Epoch, Incarnation, ProcessId
+from common.messages import HeartbeatReply, Prepare, RollCall, Signal, SlotLeft, View, Welcome
 from services.monitor.slots import SlotState
 from tests.unit.monitor.driver import CONFIG, Driver
 
@@ -489,3 +489,21 @@ def test_epochs_are_unique_over_everything() -> None:
         driver.advance(0.5)
     epochs = [view.epoch for view in driver.views]
     assert epochs == sorted(set(epochs)) and Epoch(0) not in epochs
+
+
+def test_a_rank_whose_hello_after_its_leave_was_lost_is_asked_for_it_again() -> None:
+    """A Welcome on its way to it had ended the repetition of its Hello; its next heap is known from nothing else."""
+    driver = Driver()
+    (puppet, *_) = driver.form()
+    puppet.follows = False
+    assert driver.fault("m", "mask", rank=0) == "accepted"
+    left = SlotLeft(puppet.process, puppet.rank, puppet.incarnation, driver.epoch)
+    puppet.rank, puppet.incarnation, puppet.view, puppet.life = NO_RANK, Incarnation(0), None, 1
+    driver.say(puppet, left)
+    driver.beat(puppet)
+    assert not puppet.got(HeartbeatReply)[-1].known
+    assert driver.fault("u", "unmask", rank=0) == "accepted"
+    driver.hello(puppet)
+    driver.beat(puppet)
+    assert puppet.got(HeartbeatReply)[-1].known
+    assert puppet.got(Welcome)[-1].rank == 0
