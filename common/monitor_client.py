@@ -84,8 +84,10 @@ class MonitorClient:
         self._link.send(message)
 
     def say_hello(self) -> None:
-        """Again, because something that Hello carries has changed (a slot left, a new heap)."""
+        """Again, because something that Hello carries has changed (a slot left, a new heap). At once: a Welcome that
+        answers an older Hello may be on its way, and would end the repetition before the first one."""
         self._welcomed.clear()
+        self._link.send(self._hello())
 
     async def run(self) -> None:
         """Runs until cancelled; raises OperatorError when the monitor refuses this process for good."""

@@ -178,8 +178,8 @@ class Membership:
                 self._slots.mask(slot, now, removal.evidence)
             else:
                 self._slots.free(slot, now, removal.evidence)
-            # A member learns from the view that it is out; a newcomer, whom no view names, from a Welcome without slot.
-            self._joining.to_welcome.append(removal.process)
+            if self._group.member(removal.process) is None:
+                self._joining.to_welcome.append(removal.process)  # no view will tell it that it is out
         if told:
             self._publish_without(set(first), told, now)
 
