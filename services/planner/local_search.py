@@ -19,11 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.placement import EMPTY
-from services.planner.cluster_shape import ClusterShape, FloatArray, IntArray
+from services.planner.cluster_shape import BoolArray, ClusterShape, FloatArray, IntArray
 from services.planner.placement_array import held_by, num_copies
 
 _NUM_SLOTS, _NUM_EXPERTS, _NUM_LIGHT = 16, 32, 3
 _LEAST_GAIN = 1e-9
+_WORTH_NARROWING = 0.85
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +72,29 @@ class LocalSearch:
     def run(self, max_steps: int, most_L: IntArray) -> list[Step]:
         """Steps from the given placement on; no layer loads more than ``most_L`` slots."""
         self._weigh()
-        steps = [self._state()]
-        while len(steps) <= max_steps and self._improve(most_L):
+        steps = [Step(self._cost_L.copy(), self._rank_load.max(axis=1), self._deficit_L(), self._held.copy())]
+        layers_L = self._layers
+        while len(steps) <= max_steps:
+            good_L = self._improve(most_L)
+            # A layer without a good move has none ever after.
+            if good_L.sum() < _WORTH_NARROWING * len(good_L):
+                self._narrow(good_L)
+                layers_L, most_L = layers_L[good_L], most_L[good_L]
+            if not len(layers_L):
+                break
             self._weigh()
-            steps.append(self._state())
+            last = steps[-1]
+            step = Step(last.cost_L.copy(), last.largest_L.copy(), last.deficit_L.copy(), last.held_LP.copy())
+            step.cost_L[layers_L], step.largest_L[layers_L] = self._cost_L, self._rank_load.max(axis=1)
+            step.deficit_L[layers_L], step.held_LP[layers_L] = self._deficit_L(), self._held
+            steps.append(step)
         return steps
 
-    def _state(self) -> Step:
-        return Step(self._cost_L.copy(), self._rank_load.max(axis=1), self._deficit_L(), self._held.copy())
+    def _narrow(self, kept_L: BoolArray) -> None:
+        self._load, self._held, self._counts = self._load[kept_L], self._held[kept_L], self._counts[kept_L]
+        self._is_held, self._on_host, self._cost_L = self._is_held[kept_L], self._on_host[kept_L], self._cost_L[kept_L]
+        self._layers = np.arange(len(self._load))
+        self._column_L = self._column_L[: len(self._load)]
 
     def _count_on_hosts(self) -> IntArray:
         """[L, H, E + 1] copies; the last column says 2, so that EMPTY never lacks coverage."""
@@ -121,8 +137,8 @@ class LocalSearch:
         if self._has_hosts:
             self._num_hosts = (self._on_host > 0).sum(axis=1)
 
-    def _improve(self, most_L: IntArray) -> bool:
-        """Makes one move in each layer that has a good one; False when there is none anywhere."""
+    def _improve(self, most_L: IntArray) -> BoolArray:
+        """Makes one move in each layer that has a good one, and says in which."""
         slot_L, expert_L, replace_L = self._best_replace()
         from_L, to_L, swap_L = self._best_swap()
         swap_cost_L = 2 - (self._held[self._layers, to_L] == self._num_experts)
@@ -137,7 +153,7 @@ class LocalSearch:
         self._put(swapping, from_L[swapping], second)
         self._put(swapping, to_L[swapping], first)
         self._cost_L += np.where(good_L, cost_L, 0)
-        return bool(good_L.any())
+        return np.asarray(good_L)
 
     def _put(self, layer_N: IntArray, slot_N: IntArray, new_N: IntArray) -> None:
         old_N, rank_N, empty = self._held[layer_N, slot_N], self._rank_P[slot_N], self._num_experts
@@ -223,7 +239,7 @@ class LocalSearch:
 
     def _light_ranks(self, heavy_L: IntArray) -> IntArray:
         """[L, M]: the lightest, and the lightest on the host of the heaviest: there a swap costs no coverage."""
-        M = min(_NUM_LIGHT, self._num_ranks)
+        M = min(_NUM_LIGHT - self._has_hosts, self._num_ranks)
         light_LM = np.argpartition(self._rank_load, M - 1, axis=1)[:, :M]
         if not self._has_hosts:
             return light_LM
