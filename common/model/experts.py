@@ -75,7 +75,7 @@ class ExpertLayout:
         )
 
     def pack(self, gate_IH: Tensor, up_IH: Tensor, down_HI: Tensor, out_row: Tensor) -> None:
-        """Writes a checkpoint's three matrices into out_row in the computing layout; the padding is zero."""
+        """Writes a checkpoint's three matrices (fp32 or bf16) into out_row in the computing layout; padding is zero."""
         weights = self.views(out_row)
         weights.gate_up_HG[:, : self.intermediate_size] = gate_IH.t()
         weights.gate_up_HG[:, self.intermediate_size :] = up_IH.t()

@@ -3,14 +3,17 @@
 import json
 import re
 import shutil
+from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.model.checkpoint import Checkpoint
+from common.model.checkpoint import Checkpoint, LoadProgress
 from common.model.experts import ExpertLayout, LocalExperts, expert_mlp, row_checksum
+from common.model.kv_cache import kv_cache_shape
 from common.model.model import Model
 from tests.unit.model.tiny_models import TINY_RANDOM, open_model
 
@@ -26,7 +29,7 @@ def directory(tmp_path: Path) -> Path:
 def rewrite(directory: Path, change: dict[str, torch.Tensor | None]) -> None:
     tensors = load_file(directory / "model.safetensors")
     for name, tensor in change.items():
-        del tensors[name]
+        tensors.pop(name, None)
         if tensor is not None:
             tensors[name] = tensor
     save_file(tensors, directory / "model.safetensors")
@@ -41,28 +44,84 @@ def shard(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+def packed(checkpoint: Checkpoint, layer: int, expert: int) -> torch.Tensor:
+    row = torch.full((checkpoint.expert_layout.row_size,), float("nan"))
+    checkpoint.read_expert(layer, expert, row)
+    return row
+
+
 def test_shards_hold_the_same_tensors_as_one_file(directory: Path) -> None:
     whole = Checkpoint.open(TINY_RANDOM)
     shard(directory)
-    for got, expected in zip(Checkpoint.open(directory).expert(1, 3), whole.expert(1, 3), strict=True):
-        assert torch.equal(got, expected)
+    sharded = Checkpoint.open(directory)
+    assert torch.equal(packed(sharded, 1, 3), packed(whole, 1, 3))
+    shape = (sharded.config.vocab_size, sharded.config.hidden_size)
+    assert torch.equal(sharded.tensor("lm_head.weight", shape), whole.tensor("lm_head.weight", shape))
+
+
+def test_a_whole_model_reads_each_tensor_once_and_says_so(directory: Path) -> None:
+    shard(directory)
+    stored: dict[str, torch.Tensor] = {}
+    for path in directory.glob("*.safetensors"):
+        stored |= load_file(path)
+    seen: list[LoadProgress] = []
+    checkpoint = Checkpoint.open(directory, on_progress=seen.append)
+    assert seen == []
+    Model(checkpoint, LocalExperts(checkpoint), torch.zeros(kv_cache_shape(checkpoint.config, 2, 16)))
+    assert sorted(progress.tensor for progress in seen) == sorted(stored)
+    assert [progress.num_tensors for progress in seen] == list(range(1, len(stored) + 1))
+    for before, after in pairwise(seen):
+        assert after.read_bytes - before.read_bytes == stored[after.tensor].nbytes
+    total_bytes = sum(tensor.nbytes for tensor in stored.values())
+    assert seen[-1].read_bytes == total_bytes
+    assert total_bytes < seen[-1].checkpoint_bytes < 1.3 * total_bytes  # the files have headers
+
+
+def mapped_kib(path: Path) -> dict[str, int]:
+    """Sums of what /proc says about this process's mappings of the file."""
+    sums: dict[str, int] = defaultdict(int)
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *values = line.split()
+        if not name.endswith(":"):
+            inside = line.endswith(str(path))
+        elif inside and values[-1] == "kB":
+            sums[name.removesuffix(":")] += int(values[0])
+    return sums
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux about mapped pages")
+def test_only_pages_of_what_is_asked_for_are_mapped_and_none_is_copied(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    rewrite(directory, {"a_large_tensor_that_nobody_wants": torch.zeros(8 << 20)})
+    checkpoint = Checkpoint.open(directory)
+    packed(checkpoint, 1, 3)
+    touched = mapped_kib(path)
+    assert touched["Size"] > 32 << 10, "the file is not mapped"
+    assert 0 < touched["Rss"] < 2 << 10
+    Model(checkpoint, LocalExperts(checkpoint), torch.zeros(kv_cache_shape(checkpoint.config, 2, 16)))
+    whole = mapped_kib(path)
+    assert whole["Rss"] > touched["Rss"]
+    assert whole["Private_Dirty"] == 0, "a mapped page was written to, and is no longer the host's one copy"
 
 
 def test_bf16_is_widened_exactly(directory: Path) -> None:
     stored = load_file(directory / "model.safetensors")[UP].to(torch.bfloat16)
     rewrite(directory, {UP: stored})
-    got = Checkpoint.open(directory).tensor(UP, tuple(stored.shape))
+    checkpoint = Checkpoint.open(directory)
+    got = checkpoint.tensor(UP, tuple(stored.shape))
     assert got.dtype == torch.float32
     assert torch.equal(got, stored.float())
+    layout = checkpoint.expert_layout
+    assert torch.equal(layout.views(packed(checkpoint, 1, 3)).gate_up_HG[:, layout.intermediate_size :], got.t())
 
 
 def test_a_rank_without_an_expert_never_reads_it(directory: Path) -> None:
     rewrite(directory, {UP: None})
     checkpoint = Checkpoint.open(directory)
-    row = torch.empty(checkpoint.expert_layout.row_size)
-    checkpoint.read_expert(1, 2, row)
+    packed(checkpoint, 1, 2)
     with pytest.raises(ValueError, match=re.escape(f"tensor {UP} is missing")):
-        checkpoint.read_expert(1, 3, row)
+        packed(checkpoint, 1, 3)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +134,7 @@ def test_a_rank_without_an_expert_never_reads_it(directory: Path) -> None:
 def test_wrong_tensors_are_named_with_their_file(directory: Path, tensor: torch.Tensor, message: str) -> None:
     rewrite(directory, {UP: tensor})
     with pytest.raises(ValueError, match=re.escape(f"model.safetensors: tensor {UP} {message}")):
-        Checkpoint.open(directory).expert(1, 3)
+        packed(Checkpoint.open(directory), 1, 3)
 
 
 def test_a_model_without_a_needed_tensor_does_not_load(directory: Path) -> None:
@@ -119,8 +178,7 @@ def test_packed_rows_compute_what_the_stored_matrices_say() -> None:
 
 def test_the_checksum_is_that_of_a_copy_and_finds_a_changed_bit() -> None:
     checkpoint = Checkpoint.open(TINY_RANDOM)
-    row = torch.full((checkpoint.expert_layout.row_size,), float("nan"))
-    checkpoint.read_expert(2, 5, row)
+    row = packed(checkpoint, 2, 5)
     assert row_checksum(row) == checkpoint.expert_checksum(2, 5) != checkpoint.expert_checksum(2, 6)
     row.view(torch.int32)[100] ^= 1
     assert row_checksum(row) != checkpoint.expert_checksum(2, 5)

@@ -9,6 +9,7 @@ import torch
 
 from common.model.checkpoint import Checkpoint
 from tests.unit.model.reference_models import VARIANTS, VOCAB, reference_logits, save_reference, transformers
+from tests.unit.model.scattered_experts import ScatteredExperts
 from tests.unit.model.tiny_models import TINY_RANDOM, feed, feed_together, open_model, token_by_token
 
 
@@ -52,6 +53,14 @@ def test_bits_depend_neither_on_the_batch_nor_on_chunks(variant: tuple[str, Path
     for expected, *others in zip(alone, whole, mixed, strict=True):
         for other in others:
             assert torch.equal(expected, other)
+
+
+def test_bits_do_not_depend_on_where_experts_live(variant: tuple[str, Path, Any]) -> None:
+    directory = variant[1]
+    ids = np.random.default_rng(5).integers(0, VOCAB, 40).tolist()
+    expected = feed(open_model(directory), [(ids, 0, [0, 1, 2])])[0]
+    scattered = open_model(directory, exchange=ScatteredExperts(Checkpoint.open(directory), num_ranks=3, seed=0))
+    assert torch.equal(feed(scattered, [(ids, 0, [0, 1, 2])])[0], expected)
 
 
 def test_the_committed_checkpoint_agrees_with_transformers() -> None:
