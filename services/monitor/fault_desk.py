@@ -1,6 +1,7 @@
 """Carries fault events out and proves it (DESIGN 10): an injector that does nothing would make every test pass.
 
     received --malformed, unknown target, cannot be done--> refused
+    received --monitor not ready--> deferred (repeat it)
     received --> accepted --proof seen--> done
                           --no proof in time--> failed
 
@@ -74,15 +75,17 @@ class FaultDesk:
             self._membership.unmask(Rank(fault.rank), now)
         self.advance(now)
 
-    def refuse_all(self, payload: bytes, reason: str, now: float) -> None:
-        """While this monitor cannot act yet. Not remembered: the publisher repeats it, and then it is carried out."""
+    def defer(self, payload: bytes, now: float) -> None:
+        """While this monitor has just started and still listens. Not remembered, and no final status: publishers repeat
+        until there is one, and then it is carried out."""
         try:
             fault = parse_fault(payload)
-            fields = {"id": fault.id, "action": fault.action, "target": fault.target}
         except FaultRefused as refusal:
-            fields = {"id": refusal.id, "action": refusal.action}
-            reason = str(refusal)
-        self._outbox.emit("fault", now, **fields, status="refused", proof="", error=reason, epoch=self._group.epoch)
+            self._refuse(refusal, now)
+            return
+        fields = {"id": fault.id, "action": fault.action, "target": fault.target}
+        text = "the monitor has just started and still listens"
+        self._outbox.emit("fault", now, **fields, status="deferred", proof="", text=text, epoch=self._group.epoch)
 
     def on_signal_done(self, done: SignalDone) -> None:
         pending = self._pending.get(done.id.removeprefix(ID_PREFIX))

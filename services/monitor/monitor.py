@@ -140,7 +140,7 @@ class Monitor:
         if self.phase is Phase.ACTIVE:
             self._faults.on_fault(payload, now)
         else:
-            self._faults.refuse_all(payload, "the monitor has just started and is still listening; repeat this", now)
+            self._faults.defer(payload, now)
         return self._settle(now)
 
     def on_load(self, load: ExpertLoad, now: float) -> None:

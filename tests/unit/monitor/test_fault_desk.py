@@ -214,7 +214,7 @@ def test_a_monitor_that_still_listens_says_so_and_takes_the_repeat() -> None:
     driver = Driver()
     driver.enter("agent", "agent-0")
     driver.enter_ranks(3)
-    assert driver.fault("k", "kill", rank=0) == "refused"
+    assert driver.fault("k", "kill", rank=0) == "deferred"
     driver.advance(2.0)
     assert driver.fault("k", "kill", rank=0) == "accepted"
 
