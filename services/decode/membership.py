@@ -259,7 +259,7 @@ class Membership:
     def counts_roll_call(self, epoch: Epoch) -> bool:
         """Whether a roll call of ``epoch`` concerns this rank now. One of the epoch that it has left in band does: the
         others, still there, will answer and not follow."""
-        return self.is_member and epoch >= max(self.base_epoch, 1)  # the first view grows from epoch 0
+        return self.is_member and epoch >= self.base_epoch
 
     def on_roll_call(self, epoch: Epoch, accused: tuple[int, ...], now: float) -> list[Action]:
         if not self.counts_roll_call(epoch):
@@ -315,7 +315,8 @@ class Membership:
         assert view.epoch > self.epoch and self._holds_me(view)
         if self.state is not RankState.SERVING:
             self._machine.move(RankState.SERVING, now, f"epoch {view.epoch}")
-        self.view, self.base_epoch = view, base_epoch
+        # A view that was formed grows from no epoch: roll calls of a group before it are none of its business.
+        self.view, self.base_epoch = view, base_epoch or view.epoch
         self._last_sign = now
         # In band too: a join may repair orphans into slots of old members. Not earlier: until the round has ended, the
         # others may send rows for what a slot held before.

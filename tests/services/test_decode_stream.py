@@ -194,6 +194,20 @@ def test_roll_call_is_answered_and_ends_in_the_next_view(tmp_path: Path) -> None
         assert_exact(group, requests)
 
 
+def test_a_group_forms_of_ranks_that_remember_a_roll_call(tmp_path: Path) -> None:
+    """Of the group before it, of which nothing is left: it must not end the waits of the new one for ever."""
+    with decode_group(2, tmp_path) as group:
+        for rank in range(2):
+            group.start_rank(rank).stream.deliver(MONITOR, RollCall(MONITOR, 1, Epoch(1000)))
+        view = group.view([0, 1])
+        group.prepare(view, Epoch(0))
+        requests = prompts(4)
+        submit_all(group, requests, 2)
+        group.await_outputs(requests)
+        assert_exact(group, requests)
+        assert [made.stream.counters()["void_rounds"] for made in group.ranks.values()] == [0, 0]
+
+
 def test_tokens_of_a_void_round_are_thrown_away(tmp_path: Path) -> None:
     """One rank finds its round void after it has sampled; its neighbour found the same round clean, and committed."""
     with decode_group(2, tmp_path) as group:

@@ -181,6 +181,12 @@ def test_roll_call_of_the_epoch_left_in_band_counts_and_older_ones_do_not() -> N
     assert not membership.counts_roll_call(Epoch(12))
 
 
+def test_a_group_that_was_formed_anew_does_not_count_roll_calls_of_the_one_before() -> None:
+    membership = serving()
+    assert membership.counts_roll_call(Epoch(10))
+    assert not membership.counts_roll_call(Epoch(9))
+
+
 @pytest.mark.parametrize(
     "without_me",
     [
