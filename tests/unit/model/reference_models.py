@@ -82,7 +82,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "topk_group": 2,
         "q_lora_rank": 40,
     },
-    "v3-yarn-halves": {"rope_parameters": yarn(truncate=False, beta_fast=8), "rope_interleave": False},
+    "v3-yarn-halves": {"rope_parameters": yarn(truncate=False, beta_fast=8, beta_slow=0.1), "rope_interleave": False},
     "v3-bf16-shards": {"saved_as": torch.bfloat16, "max_shard_size": "60KB"},
     "v2-greedy": {"n_shared_experts": 2},
     "v2-groups-scaled": {
