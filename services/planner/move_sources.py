@@ -12,7 +12,7 @@ from services.planner.cluster_shape import ClusterShape, IntArray
 
 
 def move_sources(moves_N4: IntArray, before_LRS: IntArray, readable: Collection[int], shape: ClusterShape) -> IntArray:
-    """[N]: the rank to read from for each move; EMPTY when no copy can be read, so host memory or the checkpoint must do.
+    """[N]: the rank to read from for each move; EMPTY when no copy can be read (host memory or checkpoint).
 
     ``readable``: ranks whose memory is alive and trusted, masked and leaving ones too: what the members have lost may
     still be read there. A copy on the host that wants it comes first, then the rank that has the fewest reads.
