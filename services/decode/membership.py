@@ -36,6 +36,8 @@ from services.decode.actions import (
 )
 
 RETRY_S = 0.02  # a heap that could not be mapped is tried again
+# A gap this long between two looks at the clock means that this process stood still itself, and so has judged nobody.
+_STOOD_STILL = 0.25  # of lonely_s
 
 
 class RankState(Enum):
@@ -85,6 +87,7 @@ class Membership:
         self._preparation: _Preparation | None = None
         self._retry_at = 0.0
         self._last_sign = now  # of the monitor, or a completed header round
+        self._looked_at = now
 
     @property
     def state(self) -> RankState:
@@ -130,6 +133,13 @@ class Membership:
 
     def on_sign_of_monitor(self, now: float) -> None:
         self._last_sign = max(self._last_sign, now)
+
+    def is_lonely(self, now: float) -> bool:
+        """Neither the monitor nor a header round for too long (PROTOCOL 5.1). To be asked often, in waits too."""
+        if now - self._looked_at > _STOOD_STILL * self.lonely_s:
+            self.on_sign_of_monitor(now)
+        self._looked_at = now
+        return self.is_member and now - self._last_sign > self.lonely_s
 
     def on_term(self, term: int) -> None:
         """A monitor of a new term knows nothing of what the last one prepared. A newcomer that has written its first
@@ -276,7 +286,7 @@ class Membership:
         return [*actions, Tell(answer)]
 
     def on_tick(self, now: float) -> list[Action]:
-        if self.is_member and now - self._last_sign > self.lonely_s:
+        if self.is_lonely(now):
             return self._leave(now, "neither monitor nor members heard", self.epoch)
         if now < self._retry_at:
             return []

@@ -2,9 +2,10 @@
 
     take the inbox -> let views and heaps make progress -> headers -> forward pass -> read status -> commit -> send
 
-What must not wait for the end of a round (a newer view, a roll call, the end of the process) ends its waits: the
-header wait asks `_must_stop`, the others are ended by this rank's own poison word, written by the event loop's thread.
-Either way the round is void or was complete already, and the message itself is an event after it, as any other.
+What must not wait for the end of a round (a newer view, a roll call, loneliness, the end of the process) ends its
+waits: the header wait asks `_must_stop`, the others are ended by this rank's own poison word, written by the event
+loop's thread. Either way the round is void or was complete already, and what ended it is an event after it, as any
+other.
 """
 
 import logging
@@ -154,12 +155,19 @@ class Stream:
         self._inbox.put(None)
 
     def _must_stop(self) -> bool:
-        membership = self._membership
+        membership, now = self._membership, self._clock()
+        self._note_monitor(now)
         return (
             self._stopping
             or self._newest_view > membership.epoch
             or membership.counts_roll_call(self._newest_roll_call)
+            or membership.is_lonely(now)
         )
+
+    def _note_monitor(self, now: float) -> None:
+        if self._num_monitor_words() != self._words_seen:
+            self._words_seen = self._num_monitor_words()
+            self._membership.on_sign_of_monitor(now)
 
     def _run(self) -> None:
         error: BaseException | None = None
@@ -180,9 +188,7 @@ class Stream:
         if self._stopping:
             self._perform(self._membership.on_stop(now))
             return
-        if self._num_monitor_words() != self._words_seen:
-            self._words_seen = self._num_monitor_words()
-            self._membership.on_sign_of_monitor(now)
+        self._note_monitor(now)
         self._perform(self._membership.on_tick(now))
         self._look_for_first_headers()
         self._care_for_requests(now)

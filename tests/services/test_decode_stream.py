@@ -208,6 +208,25 @@ def test_a_group_forms_of_ranks_that_remember_a_roll_call(tmp_path: Path) -> Non
         assert [made.stream.counters()["void_rounds"] for made in group.ranks.values()] == [0, 0]
 
 
+def test_a_rank_that_hears_nobody_leaves_also_while_it_waits_for_headers(tmp_path: Path) -> None:
+    decode = msgspec.structs.replace(tiny_config(2).decode, lonely_s=0.5)
+    config: ClusterConfig = msgspec.structs.replace(tiny_config(2), decode=decode)
+    with decode_group(2, tmp_path, config) as group:
+        group.form(2)
+        engine = group.ranks[1].stream._engine
+        assert engine is not None
+        exchange, resume = engine.exchange_headers, threading.Event()
+
+        def hang(*args: Any) -> Any:
+            assert resume.wait(60)
+            return exchange(*args)
+
+        engine.exchange_headers = hang  # type: ignore[method-assign]
+        group.await_told(group.ranks[0], SlotLeft)
+        resume.set()
+        group.await_told(group.ranks[1], SlotLeft)
+
+
 def test_tokens_of_a_void_round_are_thrown_away(tmp_path: Path) -> None:
     """One rank finds its round void after it has sampled; its neighbour found the same round clean, and committed."""
     with decode_group(2, tmp_path) as group:

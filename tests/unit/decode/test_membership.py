@@ -249,8 +249,17 @@ def test_a_lonely_member_leaves() -> None:
     membership = serving()
     membership.on_clean_round(Epoch(0), 20.0)
     membership.on_sign_of_monitor(25.0)
-    assert membership.on_tick(55.0) == []
+    for now in range(20, 56):
+        assert membership.on_tick(float(now)) == []
     assert membership.on_tick(55.1)[0] == CloseSlot(was_member=True)
+
+
+def test_a_member_that_stood_still_itself_is_not_lonely() -> None:
+    """Else all ranks of a host that was suspended would leave at once when it wakes."""
+    membership = serving()
+    for now in (1.0, 500.0, 507.0, 514.0, 521.0, 528.0):
+        assert membership.on_tick(now) == []
+    assert membership.on_tick(530.1)[0] == CloseSlot(was_member=True)
 
 
 def test_stop() -> None:
