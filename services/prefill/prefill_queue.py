@@ -148,7 +148,8 @@ class PrefillQueue:
         for chunk in batch:
             self.num_tokens_computed += len(chunk.tokens)
             work = self._work.get(chunk.attempt)
-            if work is None:
+            # One that does not run is another: aborted in this batch, and asked for again by a doubled message.
+            if work is None or not work.runs:
                 continue
             work.num_computed += len(chunk.tokens)
             if chunk.is_last:

@@ -43,6 +43,20 @@ def compute(queue: PrefillQueue) -> list[str]:
     return [chunk.prefill.request for chunk in queue.on_computed(batch)]
 
 
+def test_an_attempt_that_comes_again_within_a_batch_is_computed_from_its_start() -> None:
+    """Other blocks hold it now: what the batch has computed lies in those that the abort gave back."""
+    queue = make()
+    for num_tokens in (12, 6):
+        queue.on_prefill(prefill("a", num_tokens))
+        batch = queue.next_batch()
+        queue.on_abort(Abort(RequestId("a"), 1))
+        queue.on_prefill(prefill("a", num_tokens))
+        assert queue.on_computed(batch) == []
+        assert [chunk.start for chunk in queue.next_batch()] == [0]
+        queue.on_abort(Abort(RequestId("a"), 1))
+        queue.check_invariants()
+
+
 def test_a_long_prompt_alone_takes_whole_batches() -> None:
     queue = make()
     assert queue.on_prefill(prefill("a", 18, num_outputs=2)) is None
