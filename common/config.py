@@ -127,7 +127,8 @@ def validate(config: ClusterConfig) -> None:
         raise ValueError(f"prefill.num_workers must be at least 1, got {config.prefill.num_workers}")
     for section in msgspec.structs.asdict(config).values():
         for key, value in msgspec.structs.asdict(section).items():
-            if isinstance(value, float) and value <= 0:
+            if isinstance(value, float) and not value > 0:  # nan too
                 raise ValueError(f"{key} must be positive, got {value}")
-            if isinstance(value, int) and value < 1 and key not in ("num_redundant_experts", "rebalance_difference"):
+            is_number = isinstance(value, int) and not isinstance(value, bool)
+            if is_number and value < 1 and key not in ("num_redundant_experts", "rebalance_difference"):
                 raise ValueError(f"{key} must be at least 1, got {value}")

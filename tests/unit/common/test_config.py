@@ -21,6 +21,10 @@ def test_a_file_changes_what_it_names(tmp_path: Path) -> None:
     assert config.decode.max_ranks == ClusterConfig().decode.max_ranks
 
 
+def test_a_switch_can_be_turned_off(tmp_path: Path) -> None:
+    assert _load(tmp_path, "[planner]\nlog_balancedness = false\n").planner.log_balancedness is False
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
@@ -29,6 +33,7 @@ def test_a_file_changes_what_it_names(tmp_path: Path) -> None:
         ('[decode]\nnum_ranks = "two"\n', r"decode\.num_ranks"),
         ("[decode]\nnum_ranks = 9\n", "max_ranks"),
         ("[monitor]\ntick_s = 0.0\n", "tick_s"),
+        ("[monitor]\ntick_s = nan\n", "tick_s"),
         ("[prefill]\nnum_workers = 0\n", "num_workers"),
         ("[decode\n", "cluster.toml"),
     ],
