@@ -166,29 +166,31 @@ async def test_the_openai_client_reads_every_option(cluster: Cluster) -> None:
 
 
 def _all_options(stop_id: int) -> list[tuple[str, Answer]]:
-    """Requests in which every option counts at every token."""
+    """Requests in which every option decides nearly every token, so that one which a new place forgets would show.
+
+    Three choices of each: every rank gets some of each.
+    """
     common = {
         "max_tokens": MAX_TOKENS,
         "ignore_eos": True,
         "seed": 11,
         "top_p": 0.98,
         "min_p": 0.001,
-        "presence_penalty": 0.4,
-        "frequency_penalty": 0.3,
-        "repetition_penalty": 1.1,
-        "logit_bias": {"50": 1.5, str(stop_id): 6.0, "60": -100},
-        # So likely an end that nearly every token before min_tokens depends on it.
+        "logit_bias": {"50": 1.5, str(stop_id): 9.0, "60": -100},
         "stop_token_ids": [stop_id],
         "min_tokens": MAX_TOKENS - 15,
+        "n": 3,
     }
     prompt = [(7 * position) % 200 + 5 for position in range(40)]
+    # Negative penalties (and one below 1) hold on to what was said before.
+    often = {"frequency_penalty": -1.0, "presence_penalty": 0.4, "repetition_penalty": 1.1}
+    once = {"presence_penalty": -2.0, "frequency_penalty": 0.05, "temperature": 0.3}
+    ever = {"repetition_penalty": 0.3}
+    chat = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 7}
     return [
-        ("/v1/completions", {**common, "prompt": [prompt, prompt[:9]], "n": 3, "echo": True, "logprobs": 4}),
-        (
-            "/v1/chat/completions",
-            {**common, "messages": [{"role": "user", "content": "hi"}], "n": 2, "logprobs": True, "top_logprobs": 7},
-        ),
-        ("/v1/completions", {**common, "prompt": "greedy", "temperature": 0, "logprobs": 0, "echo": True}),
+        ("/v1/completions", {**common, **often, "prompt": [prompt, prompt[:9]], "echo": True, "logprobs": 4}),
+        ("/v1/chat/completions", {**common, **ever, **chat}),
+        ("/v1/completions", {**common, **once, "prompt": "colder", "logprobs": 0, "echo": True}),
     ]
 
 
@@ -199,19 +201,19 @@ async def test_every_option_is_exact_across_the_death_of_a_rank(cluster: Cluster
         text = (await _post(session, cluster.url, "/v1/completions", free))["choices"][0]["text"]
         # Wherever in it the rank dies, the seam is inside of the stop string.
         stop = text[4 : len(text) - 10]
-        requests.append(("/v1/completions", {**free, "stop": stop, "n": 1}))
+        requests.append(("/v1/completions", {**free, "stop": stop}))
         expected = await asyncio.gather(*(_post(session, cluster.url, path, body) for path, body in requests))
         ended = expected[-1]["choices"][0]
         assert (ended["text"], ended["stop_reason"]) == (text[:4], stop)
-        reasons = [choice["stop_reason"] for answer in expected[:3] for choice in answer["choices"]]
-        assert reasons == [70] * len(reasons), "every choice ends by the id that min_tokens held off"
+        reasons = [choice["stop_reason"] for choice in expected[1]["choices"]]
+        assert reasons == [70, 70, 70], "the chats end by the id that min_tokens has held off"
 
         streams = [_Stream(path, body) for path, body in requests]
         before = {entry["rank"]: entry for entry in (await cluster.fetch_status())["ranks"]}
         async with asyncio.TaskGroup() as group:
             for stream in streams:
                 group.create_task(stream.run(session, cluster.url))
-            in_flight = await _in_mid_stream(session, cluster.url, num_requests=10)
+            in_flight = await _in_mid_stream(session, cluster.url, num_requests=13)
             victim = in_flight[-1]["rank"]  # the one with the long stop string
             os.kill(before[victim]["pid"], signal.SIGKILL)
             replaced = await _replaced(session, cluster.url)

@@ -5,7 +5,7 @@ from common.messages import Abort, Announce, AskPrefill, Have, Prefill, Release,
 from common.state_machine import IllegalTransition
 from services.router.request_actions import Deliver, Fail, Replaced, Send
 from services.router.request_lifecycle import MOVES, RequestLifecycle, State
-from tests.unit.router.conftest import DECODE, OTHER_PLACE, PLACE, PREFILL, REQUEST, ROUTER, SAMPLING
+from tests.unit.router.conftest import CONFIG, DECODE, OTHER_PLACE, PLACE, PREFILL, REQUEST, ROUTER, SAMPLING
 
 
 def _tokens(start: int, *ids: int, attempt: int = 0, finish: str = "") -> Tokens:
@@ -221,3 +221,22 @@ def test_the_table_says_what_the_design_says() -> None:
     assert all(State.FAILED in MOVES[state] for state in set(State) - ended)
     assert {state for state in State if State.REPLACING in MOVES[state]} == active
     assert {state for state in State if State.PREFILLING in MOVES[state]} == {State.QUEUED, State.REPLACING}
+
+
+def test_tokens_without_what_was_asked_for_do_not_count() -> None:
+    wanted = msgspec.structs.replace(SAMPLING, logprobs=True, num_top_logprobs=2, prompt_logprobs=True)
+    request = RequestLifecycle(REQUEST, (10, 11), wanted, ROUTER, CONFIG, arrived=0.0)
+    request.on_place(PLACE, 0.0)
+    top, judged = ((5, -0.1), (6, -2.0)), ((-3.0, ()),)
+    for lacking in (
+        Tokens(REQUEST, 0, 0, (5,), (), "", (top,), judged),
+        Tokens(REQUEST, 0, 0, (5,), (-0.1,), "", (), judged),
+        Tokens(REQUEST, 0, 0, (5,), (-0.1,), "", (top,), ()),
+    ):
+        assert request.on_tokens(lacking, 0.1) == []
+    both = Tokens(REQUEST, 0, 0, (5, 6), (-0.1, -0.2), "", (top, ()), judged)
+    assert request.on_tokens(both, 0.2) == [Deliver(REQUEST, 0, (5, 6), (-0.1, -0.2), "", (top, ()), judged)]
+    later = Tokens(REQUEST, 0, 1, (6, 7), (-0.2, -0.3), "", ((), top))
+    assert request.on_tokens(later, 0.3) == [Deliver(REQUEST, 2, (7,), (-0.3,), "", (top,))]
+    again = Tokens(REQUEST, 0, 0, (5, 6, 7, 8), (-0.1, -0.2, -0.3, -0.4), "", (top, (), top, ()), judged)
+    assert request.on_tokens(again, 0.4) == [Deliver(REQUEST, 3, (8,), (-0.4,), "", ((),))]

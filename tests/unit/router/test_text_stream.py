@@ -65,6 +65,25 @@ def test_held_back_text_is_shown_when_nothing_follows() -> None:
     assert (delta.text, delta.finish) == ("cd", "stop")
 
 
+def test_what_stopped_the_text_is_told_and_alternatives_are_cut_with_their_tokens() -> None:
+    stream = TextStream(_Letters(), ("cd", "d"))
+    tops = (((1, -1.0),), ((2, -2.0),), ((3, -3.0),))
+    delta = stream.push(_ids("bce"), (), "", tops, ((-1.0, ()),))
+    assert (delta.stop, delta.top_logprobs, delta.prompt_logprobs) == (None, tops, ((-1.0, ()),))
+    delta = stream.push(_ids("xdz"), (), "length", tops)
+    assert (delta.stop, delta.finish, delta.top_logprobs) == ("d", "stop", tops[:2])
+    assert TextStream(_Letters(), ()).push((EOS,), (), "stop").stop is None
+
+
+def test_stop_strings_count_from_min_tokens_on() -> None:
+    stream = TextStream(_Letters(), ("ab",), min_tokens=3)
+    assert stream.push(_ids("ab"), (), "").text == "ab"
+    assert stream.push(_ids("ab"), (), "").text == "ab", "the a is one of the first three"
+    delta = stream.push(_ids("xab"), (), "")
+    assert (delta.text, delta.finish, stream.num_tokens) == ("x", "stop", 7)
+    assert TextStream(_Letters(), ("bC",), min_tokens=2).push(_ids("bC"), (), "length").text == "bC"
+
+
 @given(st.text("abC", max_size=20), st.lists(st.integers(0, 20), max_size=5), st.sampled_from([(), ("ab",), ("aCb",)]))
 def test_batches_of_tokens_do_not_matter(text: str, cuts: list[int], stops: tuple[str, ...]) -> None:
     """After a re-dispatch tokens come in other batches, doubled ones cut off; the text is the same."""
