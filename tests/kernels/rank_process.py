@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from kernels.epoch_state import VOID
 from kernels.heap_layout import HeapLayout
 from kernels.reference import ElasticGroup
-from kernels.symmetric_memory.shm import ShmProvider
+from kernels.symmetric_memory.shm import ShmHeap, ShmProvider
 from tests.kernels.local_group import DIGEST, GENEROUS_S, SHAPE, Placement, Tokens, expert_mlp, oracle
 
 NUM_LAYERS = 3
@@ -44,6 +44,9 @@ class Scenario:
     at_round: int = 2
     at_layer: int = 1
     num_rounds: int = 5
+    num_layers: int = NUM_LAYERS
+    num_rounds_after: int = NUM_ROUNDS_AFTER
+    kinds: list[str] = field(default_factory=list)  # per rank "triton" or "reference", which is the default
 
 
 @dataclass
@@ -91,13 +94,21 @@ class DyingRow:
         self.row[slot] = word
 
 
+def make_group(scenario: Scenario, layout: HeapLayout, heap: ShmHeap, rank: int) -> ElasticGroup:
+    if not scenario.kinds or scenario.kinds[rank] == "reference":
+        return ElasticGroup(layout, heap, rank, deadline_s=scenario.deadline_s)
+    from tests.kernels.interpreted_group import InterpretedGroup  # only where TRITON_INTERPRET is set
+
+    return InterpretedGroup(layout, heap, rank, deadline_s=scenario.deadline_s)
+
+
 def run_rank(scenario: Scenario, rank: int) -> Report:
     directory = Path(scenario.directory)
     layout = HeapLayout.build(SHAPE)
     provider = ShmProvider(directory)
     heap = provider.allocate(f"heap{rank}", layout.nbytes)
     layout.format(heap.bytes_U8)
-    group = ElasticGroup(layout, heap, rank, deadline_s=scenario.deadline_s)
+    group = make_group(scenario, layout, heap, rank)
     (directory / f"made{rank}").touch()
     members = list(range(scenario.num_ranks))
     for peer in members:
@@ -115,7 +126,7 @@ def run_rank(scenario: Scenario, rank: int) -> Report:
         survivors = [member for member in members if member != scenario.victim]
         if rank in survivors:
             group.adopt(2, survivors, DIGEST)
-            calm = Scenario(scenario.directory, scenario.num_ranks, GENEROUS_S, num_rounds=NUM_ROUNDS_AFTER)
+            calm = replace(scenario, signal_number=0, num_rounds=scenario.num_rounds_after)
             run_rounds(group, calm, survivors, report, lambda point: None)
     return report
 
@@ -130,7 +141,7 @@ def run_rounds(
         if dying:
             die_at("before_header")
         results = [group.allgather([number], stop=view.exists) is not None]
-        for layer in range(NUM_LAYERS):
+        for layer in range(scenario.num_layers):
             if group.status == VOID:
                 break
             armed = die_at if dying and layer == scenario.at_layer else lambda point: None

@@ -1,0 +1,80 @@
+"""One rank of Triton kernels under the interpreter, its peers played by the test; wrong versions of it must fail."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.kernels.line_process import LineProcess, interpreted
+
+CASES = (
+    "writes_only_into_regions_of_its_slot",
+    "one_verdict_a_wait",
+    "void_publishes_nothing",
+    "late_program_of_a_timed_out_combine",
+    "ends_of_a_wait",
+    "headers",
+    "masks_and_routing",
+    "group_of_one_in_bfloat16",
+    "wrong_use",
+)
+READS_STATUS = "void = tl.load(flags + STATUS)"
+# What breaks each rule: case, module, text, replacement.
+MUTANTS = {
+    "1.1 combine rows of no one's slot": (
+        "writes_only_into_regions_of_its_slot",
+        "triton_exchange",
+        "first = ((rank * M + token) * K)",
+        "first = ((0 * M + token) * K)",
+    ),
+    "1.1 dispatch rows of no one's slot": (
+        "writes_only_into_regions_of_its_slot",
+        "triton_exchange",
+        "+ (rank * M + t).to(tl.int64) * ROW_WORDS\n            wanted",
+        "+ t.to(tl.int64) * ROW_WORDS\n            wanted",
+    ),
+    "2.2 status not set by the program that leaves": (
+        "one_verdict_a_wait",
+        "triton_wait",
+        "        mark_void(flags, reason)\n        if reason",
+        "        if reason",
+    ),
+    "2.3 void ranks go on sending": ("void_publishes_nothing", "triton_exchange", READS_STATUS, READS_STATUS + " * 0"),
+    "2.3 void ranks go on with barriers": (
+        "void_publishes_nothing",
+        "triton_control",
+        READS_STATUS,
+        READS_STATUS + " * 0",
+    ),
+    "2.3 word without the rows of a late program": (
+        "late_program_of_a_timed_out_combine",
+        "triton_wait",
+        "clean = (void == 0) & (before < VOID_ARRIVAL)",
+        "clean = before >= 0",
+    ),
+    "2.1 poison of non-members counts": (
+        "ends_of_a_wait",
+        "triton_wait",
+        "mask=peers | (j == rank), other=0, volatile=True)",
+        "mask=j < 4, other=0, volatile=True)",
+    ),
+    "2.1 old poison counts": ("ends_of_a_wait", "triton_wait", "tl.where(mark >= floor,", "tl.where(mark > 0,"),
+    "1.3 tags unread": ("headers", "triton_control", "if half_read + other_digest > 0", "if other_digest > 0"),
+}
+
+
+@pytest.fixture(scope="module")
+def cases() -> Iterator[LineProcess]:
+    with interpreted("tests.kernels.device_cases") as process:
+        yield process
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_case(cases: LineProcess, case: str) -> None:
+    assert cases.ask({"case": case, "mutation": []}) == "ok"
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_wrong_version_fails(cases: LineProcess, mutant: str) -> None:
+    case, *mutation = MUTANTS[mutant]
+    answer = cases.ask({"case": case, "mutation": mutation})
+    assert "AssertionError" in answer and "nothing to mutate" not in answer, answer
