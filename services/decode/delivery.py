@@ -26,6 +26,7 @@ from common.messages import (
     TopLogprobs,
     Unknown,
 )
+from common.sampling_bounds import sampling_fault
 from services.decode.actions import Send
 from services.decode.batch_scheduler import BatchScheduler
 from services.decode.early_kv import EarlyKv, Frames
@@ -313,7 +314,7 @@ class Delivery:
             announce.sampling.max_tokens, self._limits.max_positions - len(announce.prompt)
         ):
             return "no token is left to compute"
-        return ""
+        return sampling_fault(announce.sampling, self._limits.vocab_size)
 
     def _refuse(self, known: _Request, reason: str) -> list[Send]:
         self._tombstones.bury(known.announce.request, known.announce.attempt)

@@ -25,6 +25,7 @@ from common.messages import (
     TopLogprobs,
     Unknown,
 )
+from common.sampling_bounds import sampling_fault
 
 MAX_DONE = 1024  # attempts remembered after their end, so that a lost PrefillDone can be said again
 
@@ -107,6 +108,8 @@ class PrefillQueue:
             return Refused(*attempt, f"{len(tokens)} tokens, the model has {self._limits.max_positions} positions")
         if self.blocks.blocks_for(len(tokens)) > self.blocks.num_blocks:
             return Refused(*attempt, f"{len(tokens)} tokens, the KV cache of this worker is smaller")
+        if fault := sampling_fault(prefill.sampling, self._limits.vocab_size):
+            return Refused(*attempt, fault)
         self._work[attempt] = _Work(prefill, tokens)
         return None
 

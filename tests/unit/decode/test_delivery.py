@@ -1,5 +1,6 @@
 """Requests of a decode rank: PROTOCOL section 6, bounds, and no block lost whatever comes in whatever order."""
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -66,6 +67,12 @@ def run(delivery: Delivery, token: int = 11, now: float = 1.0) -> None:
     delivery.admit()
     for step in list(delivery.steps()):
         delivery.commit(step, token, -1.0, now)
+
+
+def test_parameters_that_no_token_can_be_chosen_with_are_refused() -> None:
+    """The request would take this rank down, then the next one, for it would be placed again."""
+    hot = msgspec.structs.replace(announce(), sampling=Sampling(float("nan"), 1.0, 0, 1, 3))
+    assert make().on_announce(hot, 0.0) == [Send(ROUTER, Refused(RequestId("a"), 1, "temperature is out of bounds"))]
 
 
 def test_from_announcement_to_release() -> None:

@@ -1,5 +1,6 @@
 """Chunked prefill: budget, order, fairness, aborts in the middle of a batch."""
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -121,6 +122,8 @@ def test_what_cannot_be_computed_is_refused() -> None:
     assert isinstance(make().on_prefill(prefill("a", 51)), Refused)
     assert isinstance(make(num_blocks=2).on_prefill(prefill("a", 9)), Refused)
     assert isinstance(make().on_prefill(prefill("a", 2, num_outputs=60)), Refused)
+    hot = msgspec.structs.replace(prefill("a", 2), sampling=Sampling(float("nan"), 1.0, 0, 1, 10))
+    assert make().on_prefill(hot) == Refused(RequestId("a"), 1, "temperature is out of bounds")
 
 
 def test_links_are_closed_when_unused_and_in_no_view() -> None:
