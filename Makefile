@@ -5,7 +5,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup up demo test test-compose chaos chaos-sim bench-failover bench-planner check format
+.PHONY: help setup up demo test test-compose chaos chaos-sim bench bench-failover bench-planner check format
 
 help:
 	@echo "make up            start a cluster on http://127.0.0.1:8000; Ctrl-C stops it"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-compose  the containers, for real (needs a Docker engine)"
 	@echo "make chaos         kill and stop processes under load; ARGS=\"--seed 1 --seconds 600\""
 	@echo "make chaos-sim     ten thousand simulated stories and all mutants; goes on where it was interrupted"
+	@echo "make bench         tokens per second and latencies, against one process without services"
 	@echo "make bench-failover  kill and stop ranks under load; what the clients saw, as table and picture"
 	@echo "make bench-planner   expert placement: balance, moves, coverage, time against the greedy scheme"
 	@echo "make check         ruff, ruff format, mypy --strict"
@@ -47,6 +48,9 @@ chaos: $(STAMP)
 
 chaos-sim: $(STAMP)
 	@$(BIN)/python -m tests.simulation.campaign $(ARGS)
+
+bench: $(STAMP)
+	@$(BIN)/python -m benchmarks.serving $(ARGS)
 
 bench-failover: $(STAMP)
 	@$(BIN)/python -m benchmarks.failover $(ARGS)

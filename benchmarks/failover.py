@@ -9,8 +9,6 @@ counts only with the monitor's proof. Writes PREFIX.json, PREFIX.md and PREFIX.s
 import argparse
 import asyncio
 import json
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +19,7 @@ from typing import Any
 import aiohttp
 
 from benchmarks.failover_report import AFTER_S, Fault, picture, summary, table
+from benchmarks.load_generator import LoadGenerator, bodies_for
 from benchmarks.provenance import provenance
 from common.messages import View
 from common.monitor_address import MonitorAddress
@@ -34,34 +33,6 @@ MAX_TOKENS, NUM_BODIES = 240, 64
 _REMOVED_S, _REJOIN_S, _REST_S = 30.0, 60.0, 1.0
 
 Views = list[tuple[float, View]]
-
-
-class LoadGenerator:
-    """The process that keeps the streams open."""
-
-    def __init__(self, url: str, bodies: Path, output: Path, num_streams: int) -> None:
-        self._output = output
-        command = [sys.executable, "-m", "benchmarks.load_generator", url, str(bodies), str(output)]
-        self._process = subprocess.Popen([*command, "--streams", str(num_streams)], cwd=ROOT)
-
-    def finish(self) -> list[dict[str, Any]]:
-        """No new streams; the records once the open ones have ended."""
-        self._process.send_signal(signal.SIGTERM)
-        if self._process.wait(timeout=300) != 0:
-            raise RuntimeError("the load generator failed")
-        records: list[dict[str, Any]] = json.loads(self._output.read_text())
-        return records
-
-
-def bodies_for(model: str) -> list[dict[str, Any]]:
-    """Greedy and seeded in turn; prompts of 5 to 68 token ids, so that no two are alike."""
-    bodies: list[dict[str, Any]] = []
-    for number in range(NUM_BODIES):
-        sampling = {"temperature": 0.0} if number % 2 == 0 else {"temperature": 1.0, "seed": 1000 + number}
-        prompt = [(7 * number + 13 * position) % 200 + 5 for position in range(5 + number)]
-        request = {"model": model, "prompt": prompt, "max_tokens": MAX_TOKENS, "ignore_eos": True, "logprobs": 0}
-        bodies.append({**request, **sampling})
-    return bodies
 
 
 async def inject(url: str, bus: FaultClient, views: Views, action: str) -> Fault:
@@ -127,7 +98,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     actions += kills[2 * len(stops) :] + stops[len(kills) // 2 :]
     with tempfile.TemporaryDirectory(prefix="regrow-failover-") as directory:
         base = Path(directory)
-        (base / "bodies.json").write_text(json.dumps(bodies_for(arguments.model.name)))
+        (base / "bodies.json").write_text(json.dumps(bodies_for(arguments.model.name, NUM_BODIES, MAX_TOKENS)))
         with temporary_cluster(base / "run", arguments.model, 4, 2) as url:
             calm = LoadGenerator(url, base / "bodies.json", base / "calm.json", arguments.streams)
             time.sleep(arguments.calm_s)

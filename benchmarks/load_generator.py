@@ -11,12 +11,44 @@ import asyncio
 import itertools
 import json
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from services.cli.chat_client import Stream, new_session, run_stream
 
+ROOT = Path(__file__).resolve().parent.parent
 _REQUEST_S = 300.0
+
+
+def bodies_for(model: str, count: int, max_tokens: int) -> list[dict[str, Any]]:
+    """Greedy and seeded in turn; prompts of 5 token ids and more, no two alike."""
+    bodies: list[dict[str, Any]] = []
+    for number in range(count):
+        sampling = {"temperature": 0.0} if number % 2 == 0 else {"temperature": 1.0, "seed": 1000 + number}
+        prompt = [(7 * number + 13 * position) % 200 + 5 for position in range(5 + number)]
+        request = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "logprobs": 0}
+        bodies.append({**request, **sampling})
+    return bodies
+
+
+class LoadGenerator:
+    """This module as a process that keeps the streams open."""
+
+    def __init__(self, url: str, bodies: Path, output: Path, num_streams: int) -> None:
+        self._output = output
+        command = [sys.executable, "-m", "benchmarks.load_generator", url, str(bodies), str(output)]
+        self._process = subprocess.Popen([*command, "--streams", str(num_streams)], cwd=ROOT)
+
+    def finish(self) -> list[dict[str, Any]]:
+        """No new streams; the records once the open ones have ended."""
+        self._process.send_signal(signal.SIGTERM)
+        if self._process.wait(timeout=300) != 0:
+            raise RuntimeError("the load generator failed")
+        records: list[dict[str, Any]] = json.loads(self._output.read_text())
+        return records
 
 
 async def generate(url: str, bodies: list[dict[str, Any]], num_streams: int) -> list[dict[str, Any]]:
@@ -29,18 +61,19 @@ async def generate(url: str, bodies: list[dict[str, Any]], num_streams: int) -> 
         async def keep_one_open() -> None:
             while not stopping.is_set():
                 index = next(numbers) % len(bodies)
-                stream = Stream(bodies[index])
+                stream, sent = Stream(bodies[index]), time.monotonic()
                 await run_stream(session, url, stream)
-                records.append(_record(index, stream))
+                records.append(_record(index, stream, sent))
 
         for _ in range(num_streams):
             group.create_task(keep_one_open())
     return records
 
 
-def _record(index: int, stream: Stream) -> dict[str, Any]:
+def _record(index: int, stream: Stream, sent: float) -> dict[str, Any]:
     return {
         "body": index,
+        "sent": sent,
         "id": stream.id.partition("-")[2],
         "text": stream.text,
         "logprobs": [value.hex() for value in stream.logprobs],
