@@ -28,9 +28,17 @@ class AgentNode(ClientNode):
         self._start_process = start_process
         self._supervisor = Supervisor(names, config, world.random, world.now)
         self._requests, self._reports = SignalRequests(), ExitReports()
-        self._pids = 0
+        self._take_over()
         world.death_watchers.append(self._on_pidfd)
         self._tick()
+
+    def _take_over(self) -> None:
+        """Children and heaps that a former life of this agent left."""
+        for node in self.world.nodes.values():
+            if not node.is_alive:
+                self.world.memory.remove_files_of(node)
+            elif node.name in self._supervisor.children:
+                self._supervisor.on_spawned(node.name, node.process, self.world.next_pid(), self.world.now)
 
     def hello(self) -> Hello:
         children = tuple((child.process, child.name, child.pid) for child in self._supervisor.alive)
@@ -61,8 +69,7 @@ class AgentNode(ClientNode):
         for action in wanted:
             match action:
                 case Spawn(name=name, kind=kind, process=process):
-                    self._pids += 1
-                    self._supervisor.on_spawned(name, process, 1000 + self._pids, self.world.now)
+                    self._supervisor.on_spawned(name, process, self.world.next_pid(), self.world.now)
                     self.world.tell(f"{process} starts")
                     self._start_process(name, kind, process)
                 case Kill(name=name, signal=signal):
@@ -84,6 +91,7 @@ class AgentNode(ClientNode):
         child = self._supervisor.by_process(node.process)
         if child is None:
             return
+        node.is_reaped = True
         now, reason = self.world.now, reason.partition(",")[0]
         for report in self._reports.on_exit(Exited(self.name, node.process, node.name, child.pid, reason), now):
             self.tell_monitor(report)

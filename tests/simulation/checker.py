@@ -30,6 +30,7 @@ _NO_BLAME = ("left its slot", "not in the group by its own word")
 
 @dataclass
 class Client:
+    router: ProcessId
     expected: tuple[int, ...]
     expected_finish: str
     received: list[int] = field(default_factory=list)
@@ -49,8 +50,14 @@ class Checker:
 
     # Requests.
 
-    def on_submit(self, request: RequestId, prompt: tuple[int, ...], max_tokens: int) -> None:
-        self.clients[request] = Client(*whole_output(prompt, max_tokens, self._num_layers))
+    def on_submit(self, request: RequestId, router: ProcessId, prompt: tuple[int, ...], max_tokens: int) -> None:
+        self.clients[request] = Client(router, *whole_output(prompt, max_tokens, self._num_layers))
+
+    def on_router_gone(self, router: ProcessId) -> None:
+        """Its clients have lost their connection."""
+        for request in [request for request, client in self.clients.items() if client.router == router]:
+            if not self.clients[request].finish:
+                self.on_client_gone(request)
 
     def on_client_gone(self, request: RequestId) -> None:
         del self.clients[request]
@@ -182,11 +189,13 @@ class Checker:
         view = core.group.current
         if core.phase is not Phase.ACTIVE or view is None or core.group.prepared or not core.group.is_adopted:
             return f"monitor {core.phase}, view {view and (view.epoch, ranks(view))}, prepared {core.group.prepared}"
-        if len(view.members) != monitor.config.decode.num_ranks:
-            slots = [(slot.rank, slot.state.value, slot.process) for slot in core.slots.slots]
+        slots = [(slot.rank, slot.state.value, slot.process) for slot in core.slots.slots]
+        stuck = [slot for slot in core.slots.in_state(SlotState.FENCING) if not self._died_unseen(slot.process)]
+        if core.slots.in_state(SlotState.MASKED) or stuck:
+            return f"slots {slots}"
+        decode, num_lost = monitor.config.decode, len(core.slots.in_state(SlotState.FENCING))
+        if len(view.members) != min(decode.num_ranks, decode.max_ranks - num_lost):
             return f"view {view.epoch} has ranks {ranks(view)}; slots {slots}"
-        if core.slots.in_state(SlotState.MASKED) or core.slots.in_state(SlotState.FENCING):
-            return f"slots {[(slot.rank, slot.state.value) for slot in core.slots.slots]}"
         for member in view.members:
             node = self._world.nodes[member.process]
             assert isinstance(node, DecodeNode)
@@ -197,6 +206,12 @@ class Checker:
             if isinstance(node, RouterNode) and (node.table is None or node.table.epoch != view.epoch):
                 return f"{node.process} is at {node.table and node.table.epoch}, not {view.epoch}"
         return ""
+
+    def _died_unseen(self, process: ProcessId) -> bool:
+        """While it had no agent: to a monitor that came later nobody can prove that it is dead. Its slot number stays
+        unused until the next monitor, which finds it in no view."""
+        node = self._world.nodes[process]
+        return not node.is_alive and not node.is_reaped
 
     def _leaks(self) -> str:
         for node in self._world.of_kind("decode"):

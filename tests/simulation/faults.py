@@ -30,6 +30,8 @@ class Faults:
             (1.0, self._kill_monitor),
             (0.7, self._stop_monitor),
             (0.5, self._stop_agent),
+            (0.5, self._kill_agent),
+            (0.4, self._kill_router),
             (0.7, self._flap),
             (1.2, self._cut_data_link),
             (0.5, self._cut_monitor_link),
@@ -155,6 +157,15 @@ class Faults:
     def _stop_agent(self) -> None:
         if node := self._pick("agent"):
             node.stop_for(self._seconds())
+
+    def _kill_agent(self) -> None:
+        """Its children go on without it."""
+        if node := self._pick("agent"):
+            node.die()
+
+    def _kill_router(self) -> None:
+        if node := self._pick("router"):
+            node.die()
 
     def _stop_everything(self) -> None:
         seconds = self._random.uniform(0.5, 6.0)

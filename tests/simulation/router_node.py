@@ -38,7 +38,7 @@ class RouterNode(ClientNode):
             return
         self._num_requests += 1
         id = make_request_id(self._nonce, self._num_requests)
-        self.world.checker.on_submit(id, prompt, max_tokens)
+        self.world.checker.on_submit(id, self.process, prompt, max_tokens)
         sampling = Sampling(
             temperature=0.0,
             top_p=1.0,

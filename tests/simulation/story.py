@@ -57,8 +57,8 @@ class Story:
 
     def _run(self) -> None:
         world = self.world
-        agent = AgentNode(world, self._names, self.config, self._start_process)
-        agent.start()
+        self._start_agent()
+        world.death_watchers.append(self._on_death)
         self._invite_clients()
         faults = Faults(world, self.random)
         faults.plan(FAULTS_FROM_S, FAULTS_TO_S)
@@ -73,6 +73,16 @@ class Story:
                     return
         raise Bad(f"not settled {SETTLE_S:.0f} s after the last fault: {self.checker.unsettled()}")
 
+    def _start_agent(self) -> None:
+        AgentNode(self.world, self._names, self.config, self._start_process).start()
+
+    def _on_death(self, node: Node, reason: str) -> None:
+        """Somebody outside restarts an agent; everybody else is an agent's child. Clients go with their router."""
+        if node.kind == "agent":
+            self.world.at(self.random.uniform(0.2, 2.0), self._start_agent)
+        elif node.kind == "router":
+            self.checker.on_router_gone(node.process)
+
     def _invite_clients(self) -> None:
         random = self.random
         for _ in range(random.randint(4, 9)):
@@ -83,9 +93,13 @@ class Story:
             self.world.at(random.uniform(3.0, FAULTS_TO_S), self._leave)
 
     def _submit(self, prompt: tuple[int, ...], max_tokens: int) -> None:
-        router = self.random.choice(self.world.of_kind("router"))
+        routers = self.world.of_kind("router")
+        if not routers:
+            self.world.at(0.5, partial(self._submit, prompt, max_tokens))
+            return
+        router = self.random.choice(routers)
         assert isinstance(router, RouterNode)
-        router.submit(prompt, max_tokens)
+        router.run(lambda: router.submit(prompt, max_tokens))
 
     def _leave(self) -> None:
         for router in self.world.of_kind("router"):

@@ -48,6 +48,7 @@ class Node:
         self.world, self.name = world, name
         self.process = process or make_process_id(name, world.random.getrandbits(64))
         self.is_alive, self.stopped_until = True, 0.0
+        self.is_reaped = False  # its agent knows that it is dead
         self.excuse = ""  # why this process may be put out of the group
         world.nodes[self.process] = self
 
@@ -109,7 +110,7 @@ class World:
         self.death_watchers: list[Callable[[Node, str], None]] = []
         self.lines: list[tuple[float, str]] = []
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
-        self._order = 0
+        self._order = self._num_pids = 0
         self._arrivals: dict[tuple[str, str, str], float] = {}
         self.memory: Memory
         self.checker: Checker
@@ -140,6 +141,10 @@ class World:
         return [f"{now:9.4f} {line}" for now, line in self.lines]
 
     # Processes.
+
+    def next_pid(self) -> int:
+        self._num_pids += 1
+        return 1000 + self._num_pids
 
     def of_kind(self, kind: str) -> list[Node]:
         """Those alive, in the order of their start."""
