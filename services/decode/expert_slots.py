@@ -46,7 +46,7 @@ class ExpertSlots:
                 if expert != EMPTY and self.logical_expert(layer, local) != expert:
                     self._load(layer, local, expert, generation)
                     num_loads += 1
-        self.num_loads += num_loads
+                    self.num_loads += 1  # one by one: it is progress, for whom others wait
         return num_loads
 
     @torch.inference_mode()

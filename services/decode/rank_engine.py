@@ -60,8 +60,10 @@ class RankEngine:
         )
 
     @property
-    def num_operations(self) -> int:
-        return self._exchange.num_operations if self._exchange else 0
+    def progress(self) -> int:
+        """Grows with every exchange of a layer and every expert loaded; begins anew with each life. From any thread."""
+        exchange, slots = self._exchange, self._slots
+        return (exchange.num_operations if exchange else 0) + (slots.num_loads if slots else 0)
 
     def begin_life(self, life: int) -> None:
         """Makes the heap of this life and the model that computes in it."""

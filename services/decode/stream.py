@@ -362,8 +362,8 @@ class Stream:
 
     @property
     def progress(self) -> int:
-        """Grows with every header round and every exchange of a layer."""
-        return self._num_headers + (self._engine.num_operations if self._engine else 0)
+        """Grows with every header round, every exchange of a layer and every expert loaded."""
+        return self._num_headers + (self._engine.progress if self._engine else 0)
 
     @property
     def waits_for(self) -> tuple[int, ...]:

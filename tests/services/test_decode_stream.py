@@ -11,7 +11,7 @@ import torch
 
 from common.config import ClusterConfig
 from common.ids import Epoch
-from common.messages import RollAnswer, RollCall, SlotLeft, TokenBatch, VoidReport
+from common.messages import Placement, RollAnswer, RollCall, SlotLeft, TokenBatch, VoidReport
 from common.model.experts import expert_rows
 from common.model.token_choice import TokenChoice
 from services.decode import elastic_exchange
@@ -208,6 +208,29 @@ def test_a_group_forms_of_ranks_that_remember_a_roll_call(tmp_path: Path) -> Non
         assert [made.stream.counters()["void_rounds"] for made in group.ranks.values()] == [0, 0]
 
 
+def test_loading_experts_is_progress(tmp_path: Path) -> None:
+    """Others wait for the headers of a rank that loads repaired experts; the monitor must not take it for stuck."""
+    decode = msgspec.structs.replace(tiny_config(2).decode, num_redundant_experts=0)
+    config: ClusterConfig = msgspec.structs.replace(tiny_config(2), decode=decode)
+    with decode_group(2, tmp_path, config) as group:
+        group.form(2)
+        made = group.ranks[0]
+        engine = made.stream._engine
+        assert engine is not None and engine._slots is not None
+        read, seen = engine._slots._read_expert, list[int]()
+
+        def watched(layer: int, expert: int, row: torch.Tensor) -> None:
+            seen.append(made.stream.progress)
+            read(layer, expert, row)
+
+        engine._slots._read_expert = watched
+        layers = tuple((rows[1], rows[0], *rows[2:]) for rows in group.placement.physical_to_logical)
+        view = group.view([0, 1], Placement(group.placement.version + 1, layers))
+        group.publish(view)
+        group.await_epoch(view)
+        assert len(seen) > 1 and seen == list(range(seen[0], seen[0] + len(seen)))
+
+
 def test_a_rank_that_hears_nobody_leaves_also_while_it_waits_for_headers(tmp_path: Path) -> None:
     decode = msgspec.structs.replace(tiny_config(2).decode, lonely_s=0.5)
     config: ClusterConfig = msgspec.structs.replace(tiny_config(2), decode=decode)
@@ -221,7 +244,7 @@ def test_a_rank_that_hears_nobody_leaves_also_while_it_waits_for_headers(tmp_pat
             assert resume.wait(60)
             return exchange(*args)
 
-        engine.exchange_headers = hang  # type: ignore[method-assign]
+        engine.exchange_headers = hang  # type: ignore[assignment, method-assign]
         group.await_told(group.ranks[0], SlotLeft)
         resume.set()
         group.await_told(group.ranks[1], SlotLeft)
