@@ -37,8 +37,9 @@ class _Socket:
         self.num_dropped = 0
         self.num_malformed = 0
 
-    def _send(self, parts: list[Buffer]) -> None:
-        future = self._socket.send_multipart(parts, flags=zmq.DONTWAIT, copy=len(parts) < 3)
+    def _send(self, parts: list[Buffer], frames: Sequence[Buffer]) -> None:
+        """``frames`` are not copied, so they must not change any more; for small messages a copy costs less."""
+        future = self._socket.send_multipart([*parts, *frames], flags=zmq.DONTWAIT, copy=not frames)
         assert isinstance(future, asyncio.Future)
         if future.done() and future.exception() is not None:
             self.num_dropped += 1
@@ -84,7 +85,7 @@ class Endpoint(_Socket):
         return Incoming(ProcessId(bytes(buffers[0]).decode(errors="replace")), message, buffers[2:])
 
     def send(self, peer: ProcessId, message: Message, frames: Sequence[Buffer] = ()) -> None:
-        self._send([peer.encode(), encode(message), *frames])
+        self._send([peer.encode(), encode(message)], frames)
 
 
 class Link(_Socket):
@@ -102,4 +103,4 @@ class Link(_Socket):
         return message, buffers[1:]
 
     def send(self, message: Message, frames: Sequence[Buffer] = ()) -> None:
-        self._send([encode(message), *frames])
+        self._send([encode(message)], frames)

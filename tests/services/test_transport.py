@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import zmq
@@ -76,3 +77,24 @@ async def test_a_port_in_use_is_one_clear_line(context: zmq.asyncio.Context) -> 
     with pytest.raises(ValueError, match=f"cannot listen on port {endpoint.port}"):
         Endpoint(context, endpoint.port)
     endpoint.close()
+
+
+async def test_tensors_are_not_copied_on_their_way(
+    context: zmq.asyncio.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = Endpoint(context)
+    link = Link(context, ProcessId("prefill-1"), endpoint.address("127.0.0.1"))
+    copies, send = [], link._socket.send_multipart
+
+    def spy(parts: Any, flags: int, copy: bool) -> Any:
+        copies.append(copy)
+        return send(parts, flags, copy)
+
+    monkeypatch.setattr(link._socket, "send_multipart", spy)
+    link.send(Wake(Epoch(1)))
+    link.send(Wake(Epoch(2)), [b"kv" * 100_000])
+    async with asyncio.timeout(10):
+        assert [len((await endpoint.receive()).frames) for _ in range(2)] == [0, 1]
+    assert copies == [True, False]
+    endpoint.close()
+    link.close()
