@@ -21,7 +21,7 @@ SIGNALS = ("KILL", "TERM", "STOP", "CONT")
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """Send ``signal`` (a name) to the child that is ``process``, then call `on_undeliverable` if it is gone."""
+    """Send ``signal`` (a name) to the child that is ``process``. If it is gone, its exit will be the answer."""
 
     process: ProcessId
     signal: str
