@@ -164,6 +164,18 @@ def test_a_broken_index_is_named(directory: Path) -> None:
         Checkpoint.open(directory)
 
 
+def test_a_shard_without_what_the_index_promises_is_named(directory: Path) -> None:
+    shard(directory)
+    index = directory / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    other = {"model-1.safetensors": "model-2.safetensors", "model-2.safetensors": "model-1.safetensors"}
+    content["weight_map"][UP] = other[content["weight_map"][UP]]
+    index.write_text(json.dumps(content))
+    file = re.escape(str(directory / content["weight_map"][UP]))
+    with pytest.raises(ValueError, match=rf"{file}: tensor {re.escape(UP)} cannot be read"):
+        packed(Checkpoint.open(directory), 1, 3)
+
+
 def test_packed_rows_compute_what_the_stored_matrices_say() -> None:
     torch.manual_seed(0)
     layout = ExpertLayout(hidden_size=10, intermediate_size=3)
