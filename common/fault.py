@@ -4,6 +4,7 @@ A plain MessagePack map, so that any client can write one::
 
     {"type": "fault", "id": "k1", "action": "kill", "rank": 2}
     {"type": "fault", "id": "k2", "action": "kill", "process": "prefill-0"}
+    {"type": "fault", "id": "s1", "action": "scale", "decode": 6, "prefill": 2}
 
 ``id`` is the publisher's: it repeats the event until it is acknowledged on topic ``event``, and repeats are harmless.
 A key that is not known is an error: an injector that ignores ``at_round`` would make a wrong experiment look right.
@@ -13,22 +14,35 @@ from typing import Any
 
 import msgspec
 
-ACTIONS_BY_RANK = ("mask", "unmask")
-ACTIONS = ("kill", "term", "stop", "cont", *ACTIONS_BY_RANK)
+ACTIONS_BY_RANK = ("mask", "unmask", "drain", "undrain")
+SIGNALS = ("kill", "term", "stop", "cont")
+ACTIONS = (*SIGNALS, *ACTIONS_BY_RANK, "scale")
+MAX_CHILDREN = 64  # of one kind
 _MAX_ID_LENGTH = 200
-_KEYS = ("type", "id", "action", "rank", "process")
+_COUNTS = ("decode", "prefill")
+_KEYS = ("type", "id", "action", "rank", "process", *_COUNTS)
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """Exactly one of ``rank`` and ``process`` is given; -1 and "" stand for none."""
+    """Exactly one of ``rank`` and ``process`` is given; -1 and "" stand for none. ``scale`` has neither, but the wanted
+    numbers of decode ranks and prefill workers, or one of the two; 0 leaves that one as it is."""
 
     id: str
     action: str
     rank: int = -1
     process: str = ""
+    decode: int = 0
+    prefill: int = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Kind of process -> wanted number, of the kinds that ``scale`` names."""
+        return {kind: count for kind, count in (("decode", self.decode), ("prefill", self.prefill)) if count}
 
     @property
     def target(self) -> str:
+        if self.action == "scale":
+            return ", ".join(f"{kind} {count}" for kind, count in self.counts.items())
         return f"rank {self.rank}" if self.rank >= 0 else self.process
 
 
@@ -60,6 +74,10 @@ def parse_fault(payload: bytes) -> Fault:
         raise FaultRefused(f"id must be a string of 1 to {_MAX_ID_LENGTH} characters", event)
     if action not in ACTIONS:
         raise FaultRefused(f"unknown action {str(action)[:40]!r}; known: {', '.join(ACTIONS)}", event)
+    if action == "scale":
+        return _parse_scale(identifier, event)
+    if counted := [key for key in _COUNTS if key in event]:
+        raise FaultRefused(f"{counted[0]} goes with scale only", event)
     rank, process = event.get("rank"), event.get("process")
     if (rank is None) == (process is None):
         raise FaultRefused("give either rank or process", event)
@@ -72,3 +90,16 @@ def parse_fault(payload: bytes) -> Fault:
     if action in ACTIONS_BY_RANK:
         raise FaultRefused(f"{action} needs a rank", event)
     return Fault(identifier, action, process=process)
+
+
+def _parse_scale(identifier: str, event: dict[str, Any]) -> Fault:
+    if "rank" in event or "process" in event:
+        raise FaultRefused("scale takes decode and prefill, no rank and no process", event)
+    counts = {kind: event[kind] for kind in _COUNTS if kind in event}
+    if not counts:
+        raise FaultRefused("scale needs decode or prefill: the number that is wanted", event)
+    for kind, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_CHILDREN:
+            text = f"{kind} must be a whole number from 1 to {MAX_CHILDREN}, got {str(count)[:40]!r}"
+            raise FaultRefused(text, event)
+    return Fault(identifier, "scale", **counts)

@@ -8,7 +8,7 @@ Who sends what:
 
     process -> monitor   Hello Heartbeat VoidReport RollAnswer SlotLeft AskView AskStatus SignalDone Exited
                          PlacementPlan
-    monitor -> process   Welcome Refusal HeartbeatReply Prepare View RollCall Directory Status Signal
+    monitor -> process   Welcome Refusal HeartbeatReply Prepare View RollCall Directory Status Signal SetChildren
     router  -> prefill   Prefill Abort AskPrefill          prefill -> router   PrefillDone PrefillQueued Refused
     router  -> decode    Announce Have Abort Release       decode  -> router   TokenBatch Unknown Refused
     prefill -> decode    KvHandoff (+ KV frames)           decode  -> decode   Wake View
@@ -138,6 +138,7 @@ class Heartbeat(_Message, frozen=True):
 
     ``progress`` grows with every finished operation and header round; ``waits_for`` are the ranks whose words this rank
     lacks right now. ``counters`` are what GET /cluster shows: running, waiting, kv_blocks_used, kv_blocks, rounds, ...
+    An agent that can change the number of its children counts ``wanted_KIND`` and ``children_KIND``.
     """
 
     process: ProcessId
@@ -231,6 +232,20 @@ class SignalDone(_Message, frozen=True):
     process: ProcessId
     ok: bool
     proof: str
+
+
+class SetChildren(_Message, frozen=True):
+    """monitor -> agent, repeated until its heartbeats show it: run ``count`` children of ``kind``.
+
+    More are started under the lowest free numbers. Of those that run, only the ones in ``retire`` may be ended, and
+    only as long as there are too many: they hold no slot any more, or (prefill) their requests are placed again.
+    """
+
+    monitor: ProcessId
+    term: int
+    kind: str
+    count: int
+    retire: tuple[ProcessId, ...] = ()
 
 
 class Exited(_Message, frozen=True):
@@ -448,7 +463,7 @@ Message = (
     View | Directory | Hello | Welcome | Refusal | Heartbeat | HeartbeatReply | AskView | Prepare | VoidReport
     | RollCall | RollAnswer | SlotLeft | Signal | SignalDone | Exited | AskStatus | Status | Announce | Prefill
     | PrefillDone | AskPrefill | PrefillQueued | KvHandoff | TokenBatch | Have | Unknown | Refused | Abort | Release
-    | Wake | ExpertLoad | PlacementPlan
+    | Wake | ExpertLoad | PlacementPlan | SetChildren
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

@@ -24,6 +24,7 @@ from common.messages import (
     Prepare,
     Refusal,
     RollCall,
+    SetChildren,
     View,
     Welcome,
 )
@@ -38,7 +39,8 @@ log = logging.getLogger("regrow.monitor_client")
 
 
 class MonitorClient:
-    """``hello`` and ``beat`` are asked for the present state each time one is sent."""
+    """``hello`` and ``beat`` are asked for the present state each time one is sent. ``heartbeat_s`` holds until the
+    monitor's welcome says otherwise."""
 
     def __init__(
         self,
@@ -124,8 +126,8 @@ class MonitorClient:
             case Refusal(reason=reason):
                 log.warning("monitor refuses: %s", reason)
                 return
-            case Welcome(monitor=monitor, term=term) | RollCall(monitor=monitor, term=term):
-                if not self._allegiance.accepts(term, monitor):
+            case Welcome() | RollCall() | SetChildren():
+                if not self._allegiance.accepts(message.term, message.monitor):
                     return
             case View() | Directory():
                 if not self.accepts(message):
@@ -137,6 +139,7 @@ class MonitorClient:
                 pass
         self.num_words += 1
         if isinstance(message, Welcome):
+            self._heartbeats.interval_s = message.config.monitor.heartbeat_s
             self._welcomed.set()
             self._directory_version = message.directory.version
         elif isinstance(message, Directory):

@@ -13,6 +13,7 @@ from common.ids import ProcessId
 from common.monitor_address import MonitorAddress
 
 DEFAULT_HEAP_DIR = Path("/dev/shm")
+CHILDREN_FILE = "children.json"  # in the run directory: how many of each kind were asked for since the start
 
 
 @dataclass(frozen=True, slots=True)

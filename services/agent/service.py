@@ -17,14 +17,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import SystemRandom
 
+import msgspec
 import zmq
 import zmq.asyncio
 
 from common.config import load_config
+from common.fault import MAX_CHILDREN
 from common.ids import make_process_id
-from common.messages import Exited, Heartbeat, Hello, Message, Signal, Welcome
+from common.messages import Exited, Heartbeat, Hello, Message, SetChildren, Signal, Welcome
 from common.monitor_client import MonitorClient
-from common.process_args import ProcessArgs
+from common.process_args import CHILDREN_FILE, ProcessArgs
 from common.process_table import open_pidfd, processes_of, send_signal, state_of
 from common.service_runner import OperatorError
 from services.agent import child_process, signal_requests, supervisor
@@ -60,6 +62,7 @@ class AgentService:
         self._requests, self._reports = SignalRequests(), ExitReports()
         self._pidfds: dict[str, int] = {}
         self._log_starts: dict[str, int] = {}
+        self._wanted = self._read_wanted(names) if args.run_dir else {}
         self._failure = ""
         self._loop = asyncio.get_running_loop()
         self._monitor = MonitorClient(
@@ -69,6 +72,8 @@ class AgentService:
     async def serve(self, stop: asyncio.Event) -> None:
         """Until everything has been stopped; raises OperatorError when a child without which nothing works gives up."""
         self._take_over()
+        for kind, count in self._wanted.items():
+            self._perform(self.supervisor.on_set_children(kind, count, (), time.monotonic()))
         self._remove_old_heaps()
         monitor = asyncio.create_task(self._monitor.run())
         try:
@@ -113,6 +118,8 @@ class AgentService:
         if run_dir is None:
             return
         for found in processes_of(run_dir):
+            if found.name not in self.supervisor.children and found.kind in self._wanted:
+                self.supervisor.add(found.name, time.monotonic())
             child = self.supervisor.children.get(found.name)
             if child is None or child.kind != found.kind or (pidfd := open_pidfd(found, run_dir)) is None:
                 continue
@@ -123,6 +130,33 @@ class AgentService:
             log.info("takes over %s, pid %d", found.name, found.pid)
             self.supervisor.on_spawned(found.name, found.process, found.pid, time.monotonic())
             self._watch(found.name, pidfd)
+
+    def _read_wanted(self, names: Sequence[str]) -> dict[str, int]:
+        """How many children of each kind there should be: as the last life of this agent was told, else as started."""
+        kinds = [supervisor.kind_of(name) for name in names]
+        wanted = {kind: kinds.count(kind) for kind in supervisor.SCALABLE_KINDS if kind in kinds}
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            written = msgspec.json.decode(self._wanted_path.read_bytes(), type=dict[str, int])
+            wanted |= {kind: count for kind, count in written.items() if kind in wanted}
+        return wanted
+
+    @property
+    def _wanted_path(self) -> Path:
+        assert self._args.run_dir is not None
+        return self._args.run_dir / CHILDREN_FILE
+
+    def _set_children(self, message: SetChildren) -> None:
+        """Written down first: a next life of this agent goes by it, and the monitor asks it."""
+        kind, count = message.kind, message.count
+        if kind not in self._wanted or not 1 <= count <= MAX_CHILDREN:
+            return
+        if self._wanted[kind] != count:
+            self._wanted[kind] = count
+            temporary = self._wanted_path.with_suffix(".new")
+            temporary.write_bytes(msgspec.json.encode(self._wanted))
+            temporary.replace(self._wanted_path)
+            log.info("from now on %d of %s", count, kind)
+        self._perform(self.supervisor.on_set_children(kind, count, message.retire, time.monotonic()))
 
     def _remove_old_heaps(self) -> None:
         """Of children whose end no agent saw: the memory of a container's former life would never be given back."""
@@ -229,6 +263,8 @@ class AgentService:
             case Signal(process=process):
                 is_alive = self.supervisor.by_process(process) is not None
                 self._answer(self._requests.on_request(message, is_alive, time.monotonic()))
+            case SetChildren():
+                self._set_children(message)
             case Welcome(config=config):
                 self.supervisor.configure(config)
             case _:
@@ -245,6 +281,8 @@ class AgentService:
             "restarts": sum(child.num_restarts for child in children),
             "given_up": sum(child.state is supervisor.ChildState.GIVEN_UP for child in children),
         }
+        for kind, count in self._wanted.items():
+            counters |= {f"wanted_{kind}": count, f"children_{kind}": self.supervisor.num_wanted_children(kind)}
         return Heartbeat(self.process, term=self._monitor.term, counters=counters)
 
 

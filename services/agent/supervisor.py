@@ -6,6 +6,9 @@
        v                    v
     STOPPED <----exit---- STOPPING        (and from RUNNING, on an exit while others are being stopped)
 
+Decode ranks and prefill workers may be made more or fewer (`on_set_children`): a new one takes the lowest free number;
+one that is not wanted any more is forgotten, once it has ended if it runs.
+
 A death soon after the start doubles the time until the next start; a life of `STABLE_S` forgets the deaths before it. A
 child is given up after too many deaths in the window, or when it says twice in a row, by exit code 2, that an operator
 must change something. A death that was asked for through the agent (a fault, a fence) is nobody's failure and counts
@@ -16,12 +19,13 @@ monitor last.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from random import Random
 
 from common.config import ClusterConfig
+from common.fault import MAX_CHILDREN
 from common.ids import ProcessId, make_process_id
 from common.state_machine import StateMachine, transition_table
 
@@ -29,6 +33,7 @@ STABLE_S = 10.0
 OPERATOR_MUST_ACT = "exit 2"
 _NO_PROCESS = ProcessId("")
 ESSENTIAL_KINDS = ("monitor", "router", "prefill", "decode")
+SCALABLE_KINDS = ("prefill", "decode")
 _STOP_PHASES: tuple[tuple[str, ...], ...] = (("router",), ("planner", "prefill", "decode"), ("monitor",))
 
 
@@ -105,6 +110,11 @@ def kind_of(name: str) -> str:
     return name.partition("-")[0]
 
 
+def _number(child: Child) -> int:
+    number = child.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else 0
+
+
 class Supervisor:
     """``rng`` draws the nonces of process ids."""
 
@@ -124,6 +134,14 @@ class Supervisor:
     def alive(self) -> list[Child]:
         return [c for c in self._children.values() if c.state in (ChildState.RUNNING, ChildState.STOPPING)]
 
+    def num_wanted_children(self, kind: str) -> int:
+        """Without those that are being ended."""
+        return len(self._lasting(kind))
+
+    def _lasting(self, kind: str) -> list[Child]:
+        ending = (ChildState.STOPPING, ChildState.STOPPED)
+        return [c for c in list(self._children.values()) if c.kind == kind and c.state not in ending]
+
     @property
     def is_stopped(self) -> bool:
         return all(child.state is ChildState.STOPPED for child in self._children.values())
@@ -141,6 +159,29 @@ class Supervisor:
         child.machine.move(ChildState.RUNNING, now, f"pid {pid}")
         child.process, child.pid, child.started, child.death_was_asked_for = process, pid, now, False
 
+    def add(self, name: str, now: float) -> None:
+        """A child beyond those given at the start."""
+        self._children[name] = Child(
+            name, kind_of(name), StateMachine(name, MOVES, ChildState.WAITING, now), start_at=now
+        )
+
+    def on_set_children(self, kind: str, count: int, retire: Collection[ProcessId], now: float) -> list[Action]:
+        """Makes the number of lasting children of ``kind`` ``count``. Those that do not run are the first to go, the
+        highest number first; of those that run, only the ones in ``retire`` may go. The same words again do nothing.
+        """
+        if self._stop_phase is not None or kind not in SCALABLE_KINDS or not 1 <= count <= MAX_CHILDREN:
+            return []
+        for number in range(2 * MAX_CHILDREN):
+            if len(self._lasting(kind)) < count and f"{kind}-{number}" not in self._children:
+                self.add(f"{kind}-{number}", now)
+        surplus = max(0, len(self._lasting(kind)) - count)
+        idle = [child for child in self._lasting(kind) if child.state is not ChildState.RUNNING]
+        for child in sorted(idle, key=_number, reverse=True)[:surplus]:
+            del self._children[child.name]
+        surplus = max(0, len(self._lasting(kind)) - count)
+        ending = [child for child in self._lasting(kind) if child.process in retire][:surplus]
+        return [action for child in ending for action in self._stop(child, now)]
+
     def on_asked_to_kill(self, process: ProcessId) -> None:
         if child := self.by_process(process):
             child.death_was_asked_for = True
@@ -151,6 +192,9 @@ class Supervisor:
         if self._stop_phase is not None:  # also one that died by itself before its phase came
             child.machine.move(ChildState.STOPPED, now, reason)
             return self._advance_stop(now)
+        if child.state is ChildState.STOPPING:
+            del self._children[name]
+            return []
         if self._gives_up(child, reason, now):
             return [self._give_up(child, reason, now)]
         if child.state is ChildState.RUNNING:
@@ -182,9 +226,9 @@ class Supervisor:
         return GiveUp(child.name, f"{reason} ({times})", all_given_up and child.kind in ESSENTIAL_KINDS)
 
     def on_tick(self, now: float) -> list[Action]:
+        actions: list[Action] = [Kill(child.name, "KILL") for child in self.alive if self._is_overdue(child, now)]
         if self._stop_phase is not None:
-            return [Kill(child.name, "KILL") for child in self.alive if self._is_overdue(child, now)]
-        actions: list[Action] = []
+            return actions
         for child in self._children.values():
             if child.state is ChildState.WAITING and now >= child.start_at:
                 process = make_process_id(child.name, self._rng.getrandbits(64))

@@ -72,6 +72,51 @@ def fault(
 
 
 @app.command()
+def drain(
+    rank: Annotated[int, typer.Option(help="The decode rank that is meant.")],
+    run_dir: RunDir = _RUN_DIR,
+    publish: Publish = "",
+    subscribe: Subscribe = "",
+) -> None:
+    """Move a rank's requests away and take it out of the group; its process stays, without work, until undrain."""
+    from services.cli.fault import fault as run_fault
+    from services.cli.run_directory import bus_address
+
+    raise typer.Exit(run_fault(bus_address(run_dir, publish, subscribe), "drain", rank, None))
+
+
+@app.command()
+def undrain(
+    rank: Annotated[int, typer.Option(help="The drained decode rank.")],
+    run_dir: RunDir = _RUN_DIR,
+    publish: Publish = "",
+    subscribe: Subscribe = "",
+) -> None:
+    """Take a drained rank back into the group."""
+    from services.cli.fault import fault as run_fault
+    from services.cli.run_directory import bus_address
+
+    raise typer.Exit(run_fault(bus_address(run_dir, publish, subscribe), "undrain", rank, None))
+
+
+@app.command()
+def scale(
+    decode_ranks: Annotated[
+        int | None, typer.Argument(help="Wanted size of the group, up to decode.max_ranks.")
+    ] = None,
+    prefill: Annotated[int | None, typer.Option(metavar="N", help="Wanted number of prefill workers.")] = None,
+    run_dir: RunDir = _RUN_DIR,
+    publish: Publish = "",
+    subscribe: Subscribe = "",
+) -> None:
+    """Make the group larger or smaller while it serves; returns when every rank is in the view of that size."""
+    from services.cli.fault import scale as run_scale
+    from services.cli.run_directory import bus_address
+
+    raise typer.Exit(run_scale(bus_address(run_dir, publish, subscribe), decode_ranks, prefill))
+
+
+@app.command()
 def status(
     url: Url = "", run_dir: RunDir = _RUN_DIR, json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False
 ) -> None:

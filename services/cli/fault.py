@@ -1,4 +1,4 @@
-"""``regrow fault``: publishes one fault event until the monitor says how it ended, and shows the proof."""
+"""``regrow fault``, ``drain``, ``scale``: an event, published until the monitor says how it ended, and its proof."""
 
 import secrets
 import time
@@ -14,6 +14,7 @@ from common.monitor_address import MonitorAddress
 _REPEAT_S = 0.1
 _FINAL = ("done", "failed", "refused")
 DEADLINE_S = 45.0
+SCALE_DEADLINE_S = 150.0  # longer than the monitor's own, which says what is missing
 
 
 def fault_event(action: str, rank: int | None, process: str | None) -> dict[str, object]:
@@ -21,7 +22,17 @@ def fault_event(action: str, rank: int | None, process: str | None) -> dict[str,
     target: dict[str, object] = {"rank": rank} if rank is not None else {}
     if process is not None:
         target["process"] = process
-    event: dict[str, object] = {"type": "fault", "id": f"cli-{secrets.token_hex(8)}", "action": action, **target}
+    return _checked({"action": action, **target})
+
+
+def scale_event(decode: int | None, prefill: int | None) -> dict[str, object]:
+    """Likewise; None leaves that kind as it is."""
+    counts = {"decode": decode, "prefill": prefill}
+    return _checked({"action": "scale", **{kind: count for kind, count in counts.items() if count is not None}})
+
+
+def _checked(fields: Mapping[str, object]) -> dict[str, object]:
+    event: dict[str, object] = {"type": "fault", "id": f"cli-{secrets.token_hex(8)}", **fields}
     parse_fault(msgspec.msgpack.encode(event))
     return event
 
@@ -80,13 +91,21 @@ def proof_of(answer: Mapping[str, Any]) -> str:
 
 def fault(address: MonitorAddress, action: str, rank: int | None, process: str | None) -> int:
     """Returns the exit code: 0 only with proof that it took effect."""
-    event = fault_event(action, rank, process)
-    target = f"rank {rank}" if rank is not None else process
+    return _inject(address, fault_event(action, rank, process), DEADLINE_S)
+
+
+def scale(address: MonitorAddress, decode: int | None, prefill: int | None) -> int:
+    """Returns when the cluster has that size; the same number again is done at once. Exit code as of `fault`."""
+    return _inject(address, scale_event(decode, prefill), SCALE_DEADLINE_S)
+
+
+def _inject(address: MonitorAddress, event: Mapping[str, object], deadline_s: float) -> int:
+    what = f"{event['action']} {parse_fault(msgspec.msgpack.encode(event)).target}"
     with FaultClient(address) as client:
         try:
-            answer = client.inject(event)
+            answer = client.inject(event, deadline_s)
         except TimeoutError as error:
-            print(f"{action} {target}: {error}")
+            print(f"{what}: {error}")
             return 1
-    print(f"{action} {target}: {answer['status']}: {proof_of(answer)}")
+    print(f"{what}: {answer['status']}: {proof_of(answer)}")
     return 0 if answer["status"] == "done" else 1

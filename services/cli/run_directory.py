@@ -3,6 +3,7 @@
 RUN_DIR/lock           held (flock) by the `regrow up` that lives here; the kernel lets go of it, whatever happens
 RUN_DIR/cluster.json   addresses, for other commands
 RUN_DIR/config.toml    the configuration in force
+RUN_DIR/children.json  numbers of decode ranks and prefill workers, once `regrow scale` has changed them
 RUN_DIR/logs/NAME.log
 /dev/shm/regrow-HASH/  heaps of the ranks; HASH is that of the run directory's path
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 import msgspec
 
 from common.monitor_address import MonitorAddress
+from common.process_args import CHILDREN_FILE
 from common.process_table import open_pidfd, processes_of, send_signal
 from common.service_runner import OperatorError
 
@@ -91,7 +93,8 @@ class RunDirectory:
                 ended += send_signal(pidfd, signal.SIGKILL)
             _wait_and_close(pidfds, deadline)
         shutil.rmtree(self.heap_dir, ignore_errors=True)
-        (self.path / "cluster.json").unlink(missing_ok=True)
+        for name in ("cluster.json", CHILDREN_FILE):
+            (self.path / name).unlink(missing_ok=True)
         return ended
 
     def describe(self, description: ClusterDescription) -> None:

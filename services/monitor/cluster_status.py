@@ -3,13 +3,13 @@
 import json
 from typing import Any
 
-from common.config import ClusterConfig
 from common.messages import Worker
 from services.monitor.directory import DirectoryKeeper
 from services.monitor.event_log import EventLog
 from services.monitor.expert_load import LoadWindow
 from services.monitor.group import Group
 from services.monitor.processes import Process, ProcessTable
+from services.monitor.sizing import Sizing
 from services.monitor.slots import Slot, SlotState, SlotTable
 
 _RANK_COUNTERS = ("running", "waiting", "rounds", "void_rounds", "tokens_committed", "prompt_tokens_computed")
@@ -21,7 +21,7 @@ class ClusterStatus:
 
     def __init__(
         self,
-        config: ClusterConfig,
+        sizing: Sizing,
         myself: Worker,
         bus: dict[str, str],
         table: ProcessTable,
@@ -31,7 +31,7 @@ class ClusterStatus:
         load: LoadWindow,
         events: EventLog,
     ) -> None:
-        self._config, self._myself, self._bus = config, myself, bus
+        self._sizing, self._myself, self._bus = sizing, myself, bus
         self._table, self._slots, self._group = table, slots, group
         self._directory, self._load, self._events = directory, load, events
 
@@ -45,7 +45,8 @@ class ClusterStatus:
             "phase": phase,
             "term": term,
             "epoch": self._group.epoch,
-            "desired_ranks": self._config.decode.num_ranks,
+            "desired_ranks": self._sizing.num_ranks,
+            "desired_prefill": self._sizing.wanted["prefill"],
             "prepared": self._group.prepared.view.epoch if self._group.prepared else None,
             "ranks": [self._rank(slot) for slot in self._slots.slots if self._is_shown(slot)],
             "prefill": [self._worker(p, _PREFILL_COUNTERS) for p in self._live("prefill", now)],
@@ -77,7 +78,7 @@ class ClusterStatus:
         """A vacant slot is a dead rank until the group has its size again."""
         if slot.state is not SlotState.FREE:
             return True
-        return bool(slot.last_incarnation) and self._slots.num_taken < self._config.decode.num_ranks
+        return bool(slot.last_incarnation) and self._slots.num_taken < self._sizing.num_ranks
 
     def _rank(self, slot: Slot) -> dict[str, Any]:
         process = self._table.get(slot.process) if slot.process else None

@@ -15,6 +15,11 @@ class ExpertMap:
         self._num_local = num_local_experts(decode, num_logical_experts)
         self.plan: PlacementPlan | None = None
 
+    @property
+    def min_ranks(self) -> int:
+        """Fewer have no room for one copy of each expert."""
+        return -(-self.num_logical_experts // self._num_local)
+
     def on_plan(self, plan: PlacementPlan) -> str:
         """Keeps a plan for the formation; otherwise returns why not."""
         if plan.base_version != 0:

@@ -3,7 +3,7 @@
     received --malformed, unknown target, cannot be done--> refused
     received --monitor not ready--> deferred (repeat it)
     received --> accepted --proof seen--> done
-                          --no proof in time--> failed
+                          --no proof in time, or scaled to another size--> failed
 
 Each step is an event of kind ``fault`` on topic ``event``. The same id again does nothing but repeat the last one.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.config import ClusterConfig
-from common.fault import Fault, FaultRefused, parse_fault
+from common.fault import SIGNALS, Fault, FaultRefused, parse_fault
 from common.ids import ProcessId, Rank
 from common.messages import Signal, SignalDone
 from common.view import ranks
@@ -21,12 +21,14 @@ from services.monitor.actions import Outbox
 from services.monitor.group import Group
 from services.monitor.membership import Membership
 from services.monitor.processes import ProcessTable
+from services.monitor.sizing import Sizing
 from services.monitor.slots import SlotState, SlotTable
 from services.monitor.ticks import TickClock
 
 _SIGNAL_S = 5.0
 _SIGNAL_AGAIN_S = 1.0
 _NUM_REMEMBERED = 1000
+_NOBODY = ProcessId("")
 ID_PREFIX = "fault:"
 
 
@@ -49,11 +51,13 @@ class FaultDesk:
         slots: SlotTable,
         group: Group,
         membership: Membership,
+        sizing: Sizing,
         outbox: Outbox,
         clock: TickClock,
     ) -> None:
         self._config, self._table, self._slots = config, table, slots
-        self._group, self._membership, self._outbox, self._clock = group, membership, outbox, clock
+        self._group, self._membership, self._sizing = group, membership, sizing
+        self._outbox, self._clock = outbox, clock
         self._pending: dict[str, _Pending] = {}
         self._last_event: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
@@ -69,10 +73,15 @@ class FaultDesk:
             return
         self._pending[fault.id] = pending
         self._acknowledge(pending, "accepted", "", now)
-        if fault.action == "mask":
-            self._membership.mask(Rank(fault.rank), f"fault event {fault.id}", now)
-        elif fault.action == "unmask":
-            self._membership.unmask(Rank(fault.rank), now)
+        match fault.action:
+            case "mask" | "drain":
+                self._membership.mask(Rank(fault.rank), f"{fault.action}, event {fault.id}", now)
+            case "unmask" | "undrain":
+                self._membership.unmask(Rank(fault.rank), now)
+            case "scale":
+                self._sizing.scale(fault.counts, f"event {fault.id}", now)
+            case _:
+                pass  # a signal: `advance` sends it
         self.advance(now)
 
     def defer(self, payload: bytes, now: float) -> None:
@@ -95,20 +104,24 @@ class FaultDesk:
     def advance(self, now: float) -> None:
         """After every event and at every tick: looks for proofs, repeats signals, ends what took too long."""
         for pending in list(self._pending.values()):
-            proof = self._proof(pending)
+            proof = self._proof(pending, now)
             if proof:
                 self._finish(pending, "done", proof, now)
             elif self._clock.elapsed(pending.started_at, now) > pending.deadline_s:
                 self._finish(pending, "failed", f"no proof within {pending.deadline_s:g} s", now)
-            elif pending.fault.action not in ("mask", "unmask"):
+            elif any(self._sizing.wanted[kind] != count for kind, count in pending.fault.counts.items()):
+                self._finish(pending, "failed", "another size was asked for since", now)
+            elif pending.fault.action in SIGNALS:
                 self._signal(pending, now)
 
     # Which process is meant, and whether it can be done.
 
     def _accept(self, fault: Fault, now: float) -> _Pending:
-        if fault.action == "mask":
+        if fault.action == "scale":
+            return self._accept_scale(fault, now)
+        if fault.action in ("mask", "drain"):
             return self._accept_mask(fault, now)
-        if fault.action == "unmask":
+        if fault.action in ("unmask", "undrain"):
             return self._accept_unmask(fault, now)
         process, pid = self._target(fault, now)
         if self._table.agent_of(process, now) is None:
@@ -136,8 +149,12 @@ class FaultDesk:
         slot = self._slot(fault)
         if slot.state not in (SlotState.HELD, SlotState.MASKED):
             raise self._refusal(fault, f"rank {fault.rank} has no process")
-        if [member.rank for member in self._group.members] == [fault.rank]:
-            raise self._refusal(fault, f"rank {fault.rank} is the only one that serves")
+        others = tuple(member.rank for member in self._group.members if member.rank != fault.rank)
+        if len(others) < len(self._group.members):
+            if not others:
+                raise self._refusal(fault, f"rank {fault.rank} is the only one that serves")
+            if fault.action == "drain" and len(others) < self._group.experts.min_ranks:
+                raise self._refusal(fault, f"the other {len(others)} ranks have no room for all experts")
         return _Pending(fault, slot.process, slot.last_pid, now, 2 * self._config.monitor.adopt_timeout_s)
 
     def _accept_unmask(self, fault: Fault, now: float) -> _Pending:
@@ -146,30 +163,43 @@ class FaultDesk:
             raise self._refusal(fault, f"rank {fault.rank} has no process")
         return _Pending(fault, slot.process, slot.last_pid, now, self._config.monitor.prepare_timeout_s)
 
+    def _accept_scale(self, fault: Fault, now: float) -> _Pending:
+        if reason := self._sizing.refusal(fault.counts, now):
+            raise self._refusal(fault, reason)
+        return _Pending(fault, _NOBODY, 0, now, 2 * self._config.monitor.prepare_timeout_s)
+
     @staticmethod
     def _refusal(fault: Fault, reason: str) -> FaultRefused:
         return FaultRefused(reason, {"id": fault.id, "action": fault.action})
 
     # Proofs.
 
-    def _proof(self, pending: _Pending) -> str:
+    def _proof(self, pending: _Pending, now: float) -> str:
         match pending.fault.action:
             case "kill" | "term":
                 gone = self._table.gone.get(pending.process)
                 return f"pid {pending.pid} gone: {gone}" if gone else ""
-            case "mask":
-                view = self._group.current
-                if view is None or not self._group.is_adopted or self._group.member(pending.process):
-                    return ""
-                masked = self._slots.slots[pending.fault.rank].state is SlotState.MASKED
-                return f"view {view.epoch} without it, adopted by ranks {list(ranks(view))}" if masked else ""
-            case "unmask":
+            case "scale":
+                return self._sizing.proof(pending.fault.counts, now)
+            case "mask" | "drain":
+                return self._proof_of_mask(pending)
+            case "unmask" | "undrain":
                 member = self._group.member(pending.process)
                 if member is None or not self._group.is_adopted:
                     return ""
                 return f"rank {member.rank} serves in view {self._group.epoch}, incarnation {member.incarnation}"
             case _:
                 return pending.proof
+
+    def _proof_of_mask(self, pending: _Pending) -> str:
+        """A drain is over only when the rank itself says that it holds nothing any more."""
+        view, slot = self._group.current, self._slots.slots[pending.fault.rank]
+        if view is None or not self._group.is_adopted or self._group.member(pending.process):
+            return ""
+        if slot.state is not SlotState.MASKED or (pending.fault.action == "drain" and not slot.left):
+            return ""
+        drained = "drained, " if pending.fault.action == "drain" else ""
+        return f"{drained}view {view.epoch} without it, adopted by ranks {list(ranks(view))}"
 
     def _signal(self, pending: _Pending, now: float) -> None:
         if pending.sent_at is not None and now - pending.sent_at < _SIGNAL_AGAIN_S:

@@ -15,6 +15,7 @@ from services.monitor.group import Group
 from services.monitor.prepared_view import PreparedView
 from services.monitor.processes import Process, ProcessTable
 from services.monitor.recovery import place_outsider
+from services.monitor.sizing import Sizing
 from services.monitor.slots import Slot, SlotState, SlotTable
 from services.monitor.terms import EpochCounter
 from services.monitor.ticks import TickClock
@@ -35,12 +36,13 @@ class Joining:
         table: ProcessTable,
         slots: SlotTable,
         group: Group,
+        sizing: Sizing,
         fences: Fences,
         outbox: Outbox,
         clock: TickClock,
     ) -> None:
         self._config, self._counter, self._table, self._slots = config, counter, table, slots
-        self._group, self._fences, self._outbox, self._clock = group, fences, outbox, clock
+        self._group, self._sizing, self._fences, self._outbox, self._clock = group, sizing, fences, outbox, clock
         self._dropped: dict[ProcessId, tuple[Epoch, float]] = {}  # newcomers that must say they are out of that view
         self._unmasked: set[ProcessId] = set()
         self._forming_since: float | None = None
@@ -184,7 +186,7 @@ class Joining:
             return
         for process in self._table.of_kind("decode"):
             slot = self._slots.lowest_free()
-            if slot is None or self._slots.num_taken >= self._config.decode.num_ranks:
+            if slot is None or self._slots.num_taken >= self._sizing.num_ranks:
                 return
             if self._is_standby(process, now):
                 self._give(slot, process, now)
@@ -227,7 +229,7 @@ class Joining:
         if self._form_now:
             return True
         self._forming_since = now if self._forming_since is None else self._forming_since
-        complete = num_ready >= self._config.decode.num_ranks
+        complete = num_ready >= self._sizing.num_ranks
         if not complete and self._clock.elapsed(self._forming_since, now) <= self._config.monitor.formation_s:
             return False
         self._complete_since = now if self._complete_since is None else self._complete_since

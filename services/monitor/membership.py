@@ -10,8 +10,9 @@
 Invariants:
 * every void of the current epoch ends in a new view;
 * a member is removed only for: known gone, left by itself, lifeline cut, silence (counted in this monitor's on-time
-  ticks), no answer to a roll call, a published view not adopted in time, a broken path, a fault event;
-* who is removed and not known gone is fenced, unless masked, and its slot number waits for that;
+  ticks), no answer to a roll call, a published view not adopted in time, a broken path, a fault event, a scaling;
+* who is removed and not known gone is fenced, unless masked, and its slot number waits for that; who is released by a
+  scaling has time to leave by itself first;
 * a removal beats a join: it is computed from the current view, under a new number, and newcomers prepare again.
 
 If you change a rule here, change PROTOCOL's counterpart in docs and the simulation in tests/unit/monitor.
@@ -31,6 +32,7 @@ from services.monitor.joining import Joining
 from services.monitor.lifelines import Lifelines
 from services.monitor.processes import ProcessTable
 from services.monitor.roll_call import SEND_AGAIN_S, BrokenPaths, RollCallState
+from services.monitor.sizing import Sizing
 from services.monitor.slots import Slot, SlotState, SlotTable
 from services.monitor.ticks import TickClock
 
@@ -41,6 +43,7 @@ class Fate(Enum):
     FENCE = "fence"  # still there, as far as is known
     FREE = "free"  # reaped, or has left by itself
     MASK = "mask"  # stays alive, keeps its number
+    RELEASE = "release"  # stays alive, gives its number back
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ class Membership:
         slots: SlotTable,
         group: Group,
         joining: Joining,
+        sizing: Sizing,
         fences: Fences,
         lifelines: Lifelines,
         detector: FailureDetector,
@@ -67,7 +71,7 @@ class Membership:
         clock: TickClock,
     ) -> None:
         self._monitor, self._config = monitor, config
-        self._table, self._slots, self._group, self._joining = table, slots, group, joining
+        self._table, self._slots, self._group, self._joining, self._sizing = table, slots, group, joining, sizing
         self._fences, self._lifelines, self._detector = fences, lifelines, detector
         self._outbox, self._clock = outbox, clock
         self._broken_paths = BrokenPaths()
@@ -174,6 +178,9 @@ class Membership:
             if removal.fate is Fate.FENCE:
                 self._slots.fence(slot, now, removal.evidence)
                 self._fences.put_up(removal.process, now)
+            elif removal.fate is Fate.RELEASE:
+                self._slots.fence(slot, now, removal.evidence)
+                self._fences.put_up(removal.process, now, self._config.monitor.adopt_timeout_s)
             elif removal.fate is Fate.MASK:
                 self._slots.mask(slot, now, removal.evidence)
             else:
@@ -193,7 +200,8 @@ class Membership:
         }
         if record := self._table.get(slot.process):
             slot.last_pid, slot.last_host = record.hello.pid, record.hello.host
-        self._outbox.emit("masked" if removal.fate is Fate.MASK else "removed", now, epoch=self._group.epoch, **fields)
+        kind = {Fate.MASK: "masked", Fate.RELEASE: "released"}.get(removal.fate, "removed")
+        self._outbox.emit(kind, now, epoch=self._group.epoch, **fields)
         return fields
 
     def _publish_without(self, processes: set[ProcessId], told: list[dict[str, object]], now: float) -> None:
@@ -284,7 +292,18 @@ class Membership:
         member = self._group.member(process)
         return f"rank {member.rank}" if member else str(process)
 
-    # Fault events.
+    # Commands.
+
+    def shrink(self, now: float) -> None:
+        """Puts out who is too many, in one view. What is masked has left already and only gives its number back."""
+        released = []
+        for slot in self._sizing.surplus():
+            if slot.state is SlotState.HELD:
+                evidence = f"scaled to {self._sizing.num_ranks} ranks"
+                released.append(Removal(slot.process, evidence, now, Fate.RELEASE))
+            elif slot.left:
+                self._slots.free(slot, now, "scaled down while masked")
+        self.remove(released, now)
 
     def mask(self, rank: Rank, cause: str, now: float) -> None:
         slot = self._slots.slots[rank]

@@ -40,6 +40,7 @@ from services.monitor.lifelines import Lifelines
 from services.monitor.membership import Membership
 from services.monitor.processes import Process, ProcessTable, has_moved_on
 from services.monitor.recovery import recover
+from services.monitor.sizing import Sizing
 from services.monitor.slots import SlotState, SlotTable
 from services.monitor.takeover import Phase, Takeover
 from services.monitor.terms import EpochCounter
@@ -75,19 +76,23 @@ class Monitor:
         experts = ExpertMap(config.decode, num_moe_layers, num_logical_experts)
         self.group = Group(self.id, settings, self.counter, experts, self.table, detector, self._outbox)
         self.fences = Fences(self.table, self._outbox, self._clock)
+        self.sizing = Sizing(self.id, config, self.table, self.slots, self.group, self.fences, self._outbox)
         self.joining = Joining(
-            config, self.counter, self.table, self.slots, self.group, self.fences, self._outbox, self._clock
-        )
+            config, self.counter, self.table, self.slots, self.group, self.sizing,
+            self.fences, self._outbox, self._clock,
+        )  # fmt: skip
         self.membership = Membership(
-            self.id, config, self.table, self.slots, self.group, self.joining,
+            self.id, config, self.table, self.slots, self.group, self.joining, self.sizing,
             self.fences, self._lifelines, detector, self._outbox, self._clock,
         )  # fmt: skip
-        self._faults = FaultDesk(config, self.table, self.slots, self.group, self.membership, self._outbox, self._clock)
+        self._faults = FaultDesk(
+            config, self.table, self.slots, self.group, self.membership, self.sizing, self._outbox, self._clock
+        )
         self._takeover = Takeover(settings, self.counter, self.table, self._clock, now)
         self.directory = DirectoryKeeper(myself, self.table, self.slots, self.group)
         self._load = LoadWindow(num_moe_layers, num_logical_experts)
         self._status = ClusterStatus(
-            config, myself, bus or {}, self.table, self.slots, self.group, self.directory, self._load, self.events
+            self.sizing, myself, bus or {}, self.table, self.slots, self.group, self.directory, self._load, self.events
         )
         self._given_up: dict[ProcessId, int] = {}
 
@@ -286,7 +291,7 @@ class Monitor:
 
     def _on_phase(self, now: float) -> None:
         term = self.counter.term
-        self.membership.term = term
+        self.membership.term = self.sizing.term = term
         self.directory.open_term(term)
         self._outbox.emit("term", now, epoch=self.group.epoch, term=term, phase=self.phase.value)
         if self.phase is Phase.ACTIVE and not self._takeover.is_fresh:
@@ -301,6 +306,7 @@ class Monitor:
             return
         leave_s = self.config.monitor.adopt_timeout_s
         recover(best, self.table, self.slots, self.group, self.fences, self._outbox, leave_s, now)
+        self.sizing.on_take_over()
         self.joining.on_take_over(now)
 
     # After every event.
@@ -310,6 +316,8 @@ class Monitor:
             self._on_phase(now)
         if self.phase is Phase.ACTIVE:
             self.group.check_adopted()
+            self.sizing.advance(now)
+            self.membership.shrink(now)
             self.joining.advance(now)
             self._faults.advance(now)
         directory = self.directory.refresh(now)

@@ -1,0 +1,114 @@
+"""Growing and shrinking under load: nobody's stream notices, whatever rank or worker it was on."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from services.cli.chat_client import Stream
+from tests.cluster.harness import ROOT, Cluster, outcome, stream_all, until_tokens, varied_bodies
+
+NUM_STREAMS, MAX_TOKENS = 12, 80
+
+
+@pytest.fixture(scope="module")
+def expected(cluster: Cluster) -> list[Stream]:
+    """The fault-free run."""
+    streams = asyncio.run(stream_all(cluster.url, varied_bodies(NUM_STREAMS, MAX_TOKENS)))
+    for stream in streams:
+        assert (stream.error, stream.finish, len(stream.logprobs)) == ("", "length", MAX_TOKENS)
+    return streams
+
+
+def regrow(cluster: Cluster, *words: str) -> str:
+    """Runs a command of the cluster; it exits 0 only with proof."""
+    command = [sys.executable, "-m", "services.cli", *words, "--run-dir", str(cluster.run_dir)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}\n{cluster.logs()}"
+    return done.stdout
+
+
+def serving(status: dict[str, Any]) -> list[int]:
+    return [entry["rank"] for entry in status["ranks"] if entry["state"] == "serving"]
+
+
+def decode_pids(status: dict[str, Any]) -> set[int]:
+    """Of ranks, and of standbys."""
+    return {entry["pid"] for entry in (*status["ranks"], *status["services"]) if entry["name"].startswith("decode")}
+
+
+def largest_gap_s(streams: list[Stream]) -> float:
+    return max(after - before for stream in streams for before, after in pairwise(stream.times))
+
+
+async def under_load(cluster: Cluster, expected: list[Stream], *words: str) -> str:
+    """Gives a command in mid-stream, with new requests coming until it has returned; what it said."""
+    asked: list[asyncio.Task[str]] = []
+
+    async def ask_once(streams: list[Stream]) -> None:
+        await until_tokens(streams, 10)
+        if not asked:
+            asked.append(asyncio.create_task(asyncio.to_thread(regrow, cluster, *words)))
+
+    largest_s, num_streams = 0.0, 0
+    while not asked or not asked[0].done():
+        streams = await stream_all(cluster.url, [record.body for record in expected], ask_once)
+        for number, (stream, fault_free) in enumerate(zip(streams, expected, strict=True)):
+            assert stream.error == "", f"stream {number} failed"
+            assert outcome(stream) == outcome(fault_free), f"stream {number} differs from the fault-free run"
+        largest_s, num_streams = max(largest_s, largest_gap_s(streams)), num_streams + len(streams)
+    print(f"{' '.join(words)}: largest gap {largest_s:.3f} s in {num_streams} streams")
+    return asked[0].result()
+
+
+async def test_four_to_six_to_three_to_four(cluster: Cluster, expected: list[Stream]) -> None:
+    for ranks, workers in ((6, 3), (3, 1), (4, 2)):
+        words = ("scale", str(ranks), "--prefill", str(workers))
+        said = await under_load(cluster, expected, *words)
+        assert f"scale decode {ranks}, prefill {workers}: done: view" in said
+        status = await cluster.fetch_status()
+        assert (status["desired_ranks"], status["desired_prefill"]) == (ranks, workers)
+        assert serving(status) == list(range(ranks))
+        assert [worker["state"] for worker in status["prefill"]] == ["up"] * workers
+        assert len(decode_pids(status)) == ranks, "surplus processes were not ended"
+        assert f"done: view {status['epoch']} " in regrow(cluster, *words), "asking twice changes nothing"
+
+
+async def test_a_drained_rank_stays_alive_without_work_until_undrained(
+    cluster: Cluster, expected: list[Stream]
+) -> None:
+    before = await cluster.fetch_status()
+    pid = next(entry["pid"] for entry in before["ranks"] if entry["rank"] == 1)
+    assert "done: drained, view" in await under_load(cluster, expected, "drain", "--rank", "1")
+    drained = await cluster.fetch_status()
+    entry = next(entry for entry in drained["ranks"] if entry["rank"] == 1)
+    assert (entry["state"], entry["pid"], entry["running"]) == ("masked", pid, 0)
+    assert serving(drained) == [0, 2, 3]
+    assert "done: rank 1 serves" in await under_load(cluster, expected, "undrain", "--rank", "1")
+
+
+@pytest.mark.parametrize("victim", ["monitor", "agent-0"])
+async def test_a_part_that_dies_in_the_middle_of_a_scaling(
+    cluster: Cluster, expected: list[Stream], victim: str
+) -> None:
+    """It ends in the new size, which the survivor knows, and the next size is reached as if nothing had been."""
+    before = await cluster.fetch_status()
+    pid = next(entry["pid"] for entry in before["services"] if entry["name"] == victim)
+    wanted = 5 if len(serving(before)) == 4 else 4
+
+    async def interrupt(streams: list[Stream]) -> None:
+        await until_tokens(streams, 10)
+        asked = asyncio.create_task(asyncio.to_thread(regrow, cluster, "scale", str(wanted)))
+        await cluster.wait_status(lambda status: status["desired_ranks"] == wanted)
+        os.kill(pid, signal.SIGKILL)
+        await asked
+
+    streams = await stream_all(cluster.url, [record.body for record in expected], interrupt)
+    assert [outcome(stream) for stream in streams] == [outcome(stream) for stream in expected]
+    status = await cluster.fetch_status()
+    assert status["desired_ranks"] == wanted and serving(status) == list(range(wanted))
