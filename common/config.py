@@ -123,6 +123,12 @@ def validate(config: ClusterConfig) -> None:
         raise ValueError(
             f"need 1 <= decode.num_ranks <= decode.max_ranks <= 64, got {decode.num_ranks} and {decode.max_ranks}"
         )
+    monitor = config.monitor
+    # A restarted monitor listens for a second, and must hear everybody in it.
+    if monitor.heartbeat_s > min(0.5, monitor.heartbeat_timeout_s / 4):
+        raise ValueError(
+            f"heartbeat_s must be at most 0.5 and a quarter of heartbeat_timeout_s, got {monitor.heartbeat_s:g}"
+        )
     if config.prefill.num_workers < 1:
         raise ValueError(f"prefill.num_workers must be at least 1, got {config.prefill.num_workers}")
     for section in msgspec.structs.asdict(config).values():

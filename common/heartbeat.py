@@ -17,6 +17,8 @@ IDENTITY_SUFFIX = "#beat"
 
 
 class HeartbeatThread:
+    """``interval_s`` may be set at any time."""
+
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],
@@ -27,7 +29,7 @@ class HeartbeatThread:
         on_reply: Callable[[HeartbeatReply], None],
     ) -> None:
         self._context, self._process, self._address = context, process, address
-        self._interval_s, self._beat, self._on_reply = interval_s, beat, on_reply
+        self.interval_s, self._beat, self._on_reply = interval_s, beat, on_reply
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -51,10 +53,10 @@ class HeartbeatThread:
                 with contextlib.suppress(zmq.Again):
                     socket.send(encode(self._beat()), flags=zmq.DONTWAIT)
                 # Poll in place of sleeping: replies that tell of a new epoch are read at once.
-                if socket.poll(int(self._interval_s * 1000)):
+                if socket.poll(int(self.interval_s * 1000)):
                     while self._read(socket):
                         pass
-                    self._stop.wait(self._interval_s / 2)
+                    self._stop.wait(self.interval_s / 2)
         finally:
             socket.close(0)
 

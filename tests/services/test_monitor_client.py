@@ -5,10 +5,11 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator
 
+import msgspec
 import pytest
 import zmq.asyncio
 
-from common.config import ClusterConfig
+from common.config import ClusterConfig, MonitorConfig
 from common.ids import Epoch, ProcessId
 from common.messages import AskView, Directory, Heartbeat, HeartbeatReply, Hello, Message, Refusal, Welcome
 from common.monitor_address import MonitorAddress
@@ -79,6 +80,14 @@ async def test_heartbeats_come_on_a_socket_of_their_own_and_who_is_behind_asks(s
     assert beat.peer == f"{PROCESS}#beat"
     stage.endpoint.send(beat.peer, HeartbeatReply(MONITOR, 1024, Epoch(1030), 1))
     assert (await stage.expect(AskView)).message == AskView(PROCESS)
+
+
+async def test_heartbeats_come_as_often_as_the_configuration_says(stage: _Stage) -> None:
+    await stage.expect(Hello)
+    seldom = ClusterConfig(monitor=MonitorConfig(heartbeat_s=0.5))
+    await stage.say(msgspec.structs.replace(_welcome(1024), config=seldom))
+    await stage.heard.get()
+    assert stage.client._heartbeats.interval_s == 0.5
 
 
 async def test_a_monitor_of_a_new_term_is_greeted_and_the_old_one_no_longer_heard(stage: _Stage) -> None:

@@ -34,6 +34,8 @@ def test_a_switch_can_be_turned_off(tmp_path: Path) -> None:
         ("[decode]\nnum_ranks = 9\n", "max_ranks"),
         ("[monitor]\ntick_s = 0.0\n", "tick_s"),
         ("[monitor]\ntick_s = nan\n", "tick_s"),
+        ("[monitor]\nheartbeat_s = 0.6\n", "heartbeat_s"),
+        ("[monitor]\nheartbeat_s = 0.3\nheartbeat_timeout_s = 1.0\n", "heartbeat_s"),
         ("[prefill]\nnum_workers = 0\n", "num_workers"),
         ("[decode\n", "cluster.toml"),
     ],
