@@ -342,29 +342,29 @@ async def test_text_and_tokens_go_both_ways() -> None:
         assert (await _post(f"{url}/detokenize", {"tokens": [0, 2, 75]}))[1] == {"prompt": "<|bos|><|user|>h"}
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "status", "param"),
-    [
-        ("tokenize", {}, 400, "prompt"),
-        ("tokenize", {"prompt": [1]}, 400, "prompt"),
-        ("tokenize", {"prompt": "x", "model": "gpt-9"}, 404, "model"),
-        ("tokenize", {"prompt": "x", "add_special_tokens": 1}, 400, "add_special_tokens"),
-        ("tokenize", {"messages": []}, 400, "messages"),
-        ("tokenize", {"messages": [{"role": "tool", "content": "x"}]}, 400, "messages"),
-        ("detokenize", {}, 400, "tokens"),
-        ("detokenize", {"tokens": "x"}, 400, "tokens"),
-        ("detokenize", {"tokens": [260]}, 400, "tokens"),
-        ("detokenize", {"tokens": [1], "model": "gpt-9"}, 404, "model"),
-        ("v1/completions", {"prompt": "x", "logit_bias": {"260": 1}}, 400, "logit_bias"),
-        ("v1/completions", {"prompt": "x", "min_tokens": 17}, 400, "min_tokens"),
-        ("v1/chat/completions", {"messages": CHAT, "top_logprobs": 2}, 400, "top_logprobs"),
-    ],
-)
-async def test_mistakes_name_their_field(path: str, body: dict[str, Any], status: int, param: str) -> None:
+MISTAKES: list[tuple[str, dict[str, Any], int, str]] = [
+    ("tokenize", {}, 400, "prompt"),
+    ("tokenize", {"prompt": [1]}, 400, "prompt"),
+    ("tokenize", {"prompt": "x", "model": "gpt-9"}, 404, "model"),
+    ("tokenize", {"prompt": "x", "add_special_tokens": 1}, 400, "add_special_tokens"),
+    ("tokenize", {"messages": []}, 400, "messages"),
+    ("tokenize", {"messages": [{"role": "tool", "content": "x"}]}, 400, "messages"),
+    ("detokenize", {}, 400, "tokens"),
+    ("detokenize", {"tokens": "x"}, 400, "tokens"),
+    ("detokenize", {"tokens": [260]}, 400, "tokens"),
+    ("detokenize", {"tokens": [1], "model": "gpt-9"}, 404, "model"),
+    ("v1/completions", {"prompt": "x", "logit_bias": {"260": 1}}, 400, "logit_bias"),
+    ("v1/completions", {"prompt": "x", "min_tokens": 17}, 400, "min_tokens"),
+    ("v1/chat/completions", {"messages": CHAT, "top_logprobs": 2}, 400, "top_logprobs"),
+]
+
+
+async def test_mistakes_name_their_field() -> None:
     async with fake_cluster(num_decodes=0) as cluster:
-        got, answer, headers = await _post(f"{cluster.url}/{path}", body)
-        assert (got, answer["error"]["param"]) == (status, param)
-        assert param in answer["error"]["message"] and headers["X-Request-Id"]
+        for path, body, status, param in MISTAKES:
+            got, answer, headers = await _post(f"{cluster.url}/{path}", body)
+            assert (got, answer["error"]["param"]) == (status, param), body
+            assert param in answer["error"]["message"] and headers["X-Request-Id"]
 
 
 async def test_ping_is_health() -> None:

@@ -8,6 +8,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
 
+import msgspec
+
 from common.config import ClusterConfig, RouterConfig
 from common.ids import Epoch, Incarnation, ProcessId, Rank, RequestId
 from common.messages import (
@@ -28,6 +30,7 @@ from common.messages import (
     Sampling,
     TokenBatch,
     Tokens,
+    TopLogprobs,
     Unknown,
     View,
     Worker,
@@ -50,6 +53,19 @@ def output(prompt: tuple[int, ...], index: int) -> int:
     return STOP_ID if draw % 64 == 0 else 2 + draw % 1000
 
 
+def logprob(prompt: tuple[int, ...], index: int) -> float:
+    """Of output ``index``; prompt tokens have indices below 0."""
+    return -(zlib.crc32(repr((prompt, index, "p")).encode()) % 1000) / 7
+
+
+def top_logprobs(prompt: tuple[int, ...], index: int) -> TopLogprobs:
+    return ((index % 7, logprob(prompt, index)),)
+
+
+def prompt_logprobs(prompt: tuple[int, ...]) -> tuple[tuple[float, TopLogprobs], ...]:
+    return tuple((logprob(prompt, index), top_logprobs(prompt, index)) for index in range(1 - len(prompt), 0))
+
+
 def whole_output(prompt: tuple[int, ...], max_tokens: int) -> tuple[list[int], str]:
     """What a client must get, and why it ends."""
     ids: list[int] = []
@@ -67,6 +83,7 @@ class Row:
     outputs: list[int]
     has_kv: bool = False
     repeat_at: float = 0.0
+    prompt_logprobs: tuple[tuple[float, TopLogprobs], ...] = ()
 
     @property
     def finish(self) -> str:
@@ -117,6 +134,7 @@ class DecodeRank:
             self.say(Refused(kv.request, kv.attempt, "no free KV blocks"))
             return
         row.has_kv = True
+        row.prompt_logprobs = kv.prompt_logprobs
         row.outputs.append(kv.first_token)
         self.say_tokens(row, len(row.outputs) - 1)
 
@@ -136,7 +154,16 @@ class DecodeRank:
 
     def say_tokens(self, row: Row, start: int) -> None:
         announce, ids = row.announce, tuple(row.outputs[start:])
-        self.say(self._batch(Tokens(announce.request, announce.attempt, start, ids, (), row.finish)))
+        tokens = Tokens(announce.request, announce.attempt, start, ids, (), row.finish)
+        if announce.sampling.logprobs:
+            indices = range(start, start + len(ids))
+            tokens = msgspec.structs.replace(
+                tokens,
+                logprobs=tuple(logprob(announce.prompt, index) for index in indices),
+                top_logprobs=tuple(top_logprobs(announce.prompt, index) for index in indices),
+                prompt_logprobs=row.prompt_logprobs if start == 0 else (),
+            )
+        self.say(self._batch(tokens))
 
     def _batch(self, tokens: Tokens) -> TokenBatch:
         member = self.member
@@ -170,7 +197,10 @@ class PrefillWorker:
             item = self.queue.pop(0)
             have = len(item.outputs)
             first = output(item.prompt, have)
-            kv = KvHandoff(item.request, item.attempt, item.rank, item.incarnation, len(item.prompt) + have, first, 0.0)
+            num_tokens = len(item.prompt) + have
+            kv = KvHandoff(item.request, item.attempt, item.rank, item.incarnation, num_tokens, first, 0.0)
+            if item.sampling.prompt_logprobs and have == 0:
+                kv = msgspec.structs.replace(kv, prompt_logprobs=prompt_logprobs(item.prompt))
             for rank in self.world.ranks:
                 if rank.member.endpoint == item.endpoint:
                     self.world.send(self.process, rank.member.process, kv)
@@ -181,8 +211,15 @@ class PrefillWorker:
 class Client:
     prompt: tuple[int, ...]
     max_tokens: int
+    logprobs: bool  # of outputs, alternatives and prompt
     received: list[int] = field(default_factory=list)
     finish: str = ""
+
+    def check_logprobs(self, tokens: Deliver) -> None:
+        indices = range(tokens.start, tokens.start + len(tokens.ids)) if self.logprobs else range(0)
+        assert tokens.logprobs == tuple(logprob(self.prompt, index) for index in indices)
+        assert tokens.top_logprobs == tuple(top_logprobs(self.prompt, index) for index in indices)
+        assert tokens.prompt_logprobs == (prompt_logprobs(self.prompt) if 0 in indices else ())
 
 
 class World:
@@ -209,8 +246,18 @@ class World:
         self._number += 1
         request = RequestId(f"r.{self._number}")
         prompt = tuple(self.rng.randrange(1000) for _ in range(self.rng.randint(1, 6)))
-        client = self.clients[request] = Client(prompt, self.rng.randint(1, 40))
-        sampling = Sampling(1.0, 1.0, 0, self._number, client.max_tokens, stop_token_ids=(STOP_ID,))
+        client = self.clients[request] = Client(prompt, self.rng.randint(1, 40), self.rng.random() < 0.5)
+        sampling = Sampling(
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            seed=self._number,
+            max_tokens=client.max_tokens,
+            logprobs=client.logprobs,
+            stop_token_ids=(STOP_ID,),
+            num_top_logprobs=int(client.logprobs),
+            prompt_logprobs=client.logprobs,
+        )
         self._perform(self.table.on_submit(request, prompt, sampling, self.now))
         return request
 
@@ -301,11 +348,12 @@ class World:
             match action:
                 case Send(peer, message):
                     self.send(ROUTER, peer, message)
-                case Deliver(request, start, ids, _, finish):
+                case Deliver(request, start, ids, finish=finish):
                     client = self.clients.get(request)
                     assert client is not None, f"tokens for {request}, whose client is gone"
                     assert not client.finish, f"{request} got tokens after its end"
                     assert start == len(client.received), f"{request} got tokens from {start} after {client.received}"
+                    client.check_logprobs(action)
                     client.received += ids
                     client.finish = finish
                 case Replaced(reason=reason):
