@@ -116,6 +116,14 @@ def test_bf16_is_widened_exactly(directory: Path) -> None:
     assert torch.equal(layout.views(packed(checkpoint, 1, 3)).gate_up_HG[:, layout.intermediate_size :], got.t())
 
 
+def test_a_tensor_is_a_private_copy() -> None:
+    checkpoint = Checkpoint.open(TINY_RANDOM)
+    tensor = checkpoint.tensor(UP, (16, 64))
+    expected = tensor.clone()
+    tensor.zero_()
+    assert torch.equal(checkpoint.tensor(UP, (16, 64)), expected)
+
+
 def test_a_rank_without_an_expert_never_reads_it(directory: Path) -> None:
     rewrite(directory, {UP: None})
     checkpoint = Checkpoint.open(directory)
