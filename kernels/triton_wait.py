@@ -55,7 +55,7 @@ if triton.knobs.runtime.interpret:
     POLLS_PER_CLOCK = tl.constexpr(1)
 
     def host_now_ns():
-        time.sleep(1e-4)  # peers share the cores
+        time.sleep(1e-3)  # peers share the cores
         return time.monotonic_ns()
 
     def now_ns(j):

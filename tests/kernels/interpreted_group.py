@@ -6,7 +6,8 @@ Legend: W max_ranks, M max_tokens, K top_k, H hidden, N entries.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -23,6 +24,7 @@ class InterpretedGroup(ElasticGroup):
 
     def __init__(self, layout: HeapLayout, heap: SymmetricHeap, rank: int, *, deadline_s: float) -> None:
         super().__init__(layout, heap, rank, deadline_s=deadline_s)
+        self._stop: Callable[[], bool] | None = None
         self.kernels = DeviceGroup(layout, heap, rank, deadline_s=deadline_s)
 
     def map_peer(self, rank: int, peer_heap: SymmetricHeap) -> None:  # type: ignore[override]
@@ -42,19 +44,9 @@ class InterpretedGroup(ElasticGroup):
         words = torch.zeros(ep.num_header_words, dtype=torch.int64)
         words[: len(header_words)] = torch.tensor(header_words)
         out_WN = torch.full((ep.max_ranks, ep.num_header_words), -1)
-        done = threading.Event()
-
-        def watch() -> None:
-            while not done.wait(0.005):
-                if stop is not None and stop():
-                    self.kernels.poison_self(self.epoch)
-                    return
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        self.kernels.allgather(words, out_WN)
-        done.set()
-        watcher.join()
+        self._stop = stop
+        with self._host_watching():
+            self.kernels.allgather(words, out_WN)
         if self._note() == VOID:
             return None
         return HeaderRound(0, {rank: tuple(out_WN[rank].tolist()) for rank in self.members})
@@ -62,7 +54,8 @@ class InterpretedGroup(ElasticGroup):
     def dispatch(
         self, x_TH: torch.Tensor, rank_TK: torch.Tensor, local_expert_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> Received | None:
-        self.kernels.dispatch(x_TH, rank_TK.int(), local_expert_TK.int(), weight_TK)
+        with self._host_watching():
+            self.kernels.dispatch(x_TH, rank_TK.int(), local_expert_TK.int(), weight_TK)
         self._num_out = len(x_TH)
         return None if self._note() == VOID else received_entries(self.kernels, self.members)
 
@@ -72,8 +65,27 @@ class InterpretedGroup(ElasticGroup):
         rows[received.row_N, received.k_N] = expert_rows_NH
         out_TH = torch.full((self._num_out, ep.hidden_size), float("nan"))
         rows = rows.view(ep.max_ranks, ep.max_tokens, ep.top_k, ep.hidden_size)
-        self.kernels.combine(rows, out_TH, ordered=True)
+        with self._host_watching():
+            self.kernels.combine(rows, out_TH, ordered=True)
         return None if self._note() == VOID else out_TH
+
+    @contextmanager
+    def _host_watching(self) -> Iterator[None]:
+        """A thread that poisons this rank's waits as soon as the last header's ``stop`` says so."""
+        done = threading.Event()
+        stop = self._stop
+
+        def watch() -> None:
+            while not done.wait(0.005):
+                if stop is not None and stop():
+                    self.kernels.poison_self(self.epoch)
+                    return
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        yield
+        done.set()
+        watcher.join()
 
     def _note(self) -> int:
         self.void_reason = self.kernels.void_reason()

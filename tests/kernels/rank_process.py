@@ -46,6 +46,7 @@ class Scenario:
     num_rounds: int = 5
     num_layers: int = NUM_LAYERS
     num_rounds_after: int = NUM_ROUNDS_AFTER
+    view_at_death: bool = False  # the monitor saw it die; otherwise the next view waits until all survivors are void
     kinds: list[str] = field(default_factory=list)  # per rank "triton" or "reference", which is the default
 
 
@@ -200,7 +201,7 @@ def run_scenario(scenario: Scenario) -> list[dict[str, Any]]:
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
                     ends[rank] = os.waitstatus_to_exitcode(status)
-        if scenario.point == "before_header" and scenario.victim in ends:
+        if (scenario.point == "before_header" or scenario.view_at_death) and scenario.victim in ends:
             (directory / "view2").touch()  # a wait for headers is patient: the view ends it
         void = [rank for rank in range(len(pids)) if (directory / f"void{rank}").exists()]
         if len(set(void) - {scenario.victim}) == len(pids) - 1 and not (directory / "view2").exists():
