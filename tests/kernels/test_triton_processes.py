@@ -12,7 +12,7 @@ from tests.kernels.line_process import LineProcess, interpreted
 from tests.kernels.rank_process import Scenario
 
 # Interpreted operations take tenths of a second, seconds on a busy machine: only one test rests on a real deadline.
-DEADLINE_S = 8.0
+DEADLINE_S = 6.0
 VICTIM = 1
 TRITON, REFERENCE = "triton", "reference"
 
