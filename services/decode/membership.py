@@ -85,6 +85,9 @@ class Membership:
         self.num_stale = 0
         self._next: View | None = None
         self._preparation: _Preparation | None = None
+        # Slots given back are never taken again, whatever older words say: a process that was stopped may find the
+        # Prepare of a slot behind the view that took it away, and by then another writes as that slot.
+        self._last_incarnation = Incarnation(0)
         self._retry_at = 0.0
         self._last_sign = now  # of the monitor, or a completed header round
         self._looked_at = now
@@ -161,7 +164,7 @@ class Membership:
         actions: list[Action] = []
         self.masked = masked
         if self.state is RankState.STANDBY and rank != NO_RANK:
-            actions = self._take_slot(rank, incarnation, now)
+            actions = self._take_slot(rank, incarnation, now) if incarnation > self._last_incarnation else []
         elif self.state is RankState.JOINING and (rank, incarnation) != (self.rank, self.incarnation):
             if rank == NO_RANK:
                 self._drop_preparation()
@@ -169,7 +172,7 @@ class Membership:
                 self._machine.move(RankState.STANDBY, now, "slot withdrawn")
                 self.rank, self.incarnation = NO_RANK, Incarnation(0)
                 actions = [CloseSlot(was_member=False)]
-            else:
+            elif incarnation > self._last_incarnation:
                 actions = self._take_slot(rank, incarnation, now)
         return actions + (self.on_view(view, now) if view else [])
 
@@ -189,6 +192,9 @@ class Membership:
             elif base_epoch != self.epoch or self.state is not RankState.SERVING:
                 return []
         elif (me.rank, me.incarnation) != (self.rank, self.incarnation):
+            if me.incarnation <= self._last_incarnation:
+                self.num_stale += 1
+                return []
             actions = self._take_slot(me.rank, me.incarnation, now)
         self._drop_preparation()
         self._preparation = _Preparation(view, base_epoch)
@@ -319,6 +325,7 @@ class Membership:
         if self.state is RankState.STANDBY:
             self._machine.move(RankState.JOINING, now, f"slot {rank} incarnation {incarnation}")
         self.rank, self.incarnation = rank, incarnation
+        self._last_incarnation = incarnation
         return [OpenSlot(rank, incarnation)]
 
     def _enter(self, view: View, base_epoch: Epoch, now: float, in_band: bool) -> list[Action]:

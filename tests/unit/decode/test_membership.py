@@ -113,6 +113,18 @@ def test_a_join_that_gives_an_old_member_other_experts_makes_it_load_them_first(
     assert membership.on_clean_round(Epoch(12), 2.0) == [LoadExperts(repaired), Adopt(repaired, in_band=True)]
 
 
+def test_a_slot_that_was_given_back_is_not_taken_again() -> None:
+    """A stopped process wakes up and reads in this order: the view without it, then the Prepare from before it."""
+    membership = serving()
+    stale = view(12, member(0), member(1), member(2, 11))
+    without = view(13, member(1), member(2, 11))
+    assert CloseSlot(was_member=True) in membership.on_view(without, 2.0)
+    assert membership.on_prepare(stale, Epoch(0), 2.0) == []
+    assert membership.on_welcome(Rank(0), Incarnation(1), None, 2.0) == []
+    assert membership.state is RankState.STANDBY
+    assert membership.on_welcome(Rank(0), Incarnation(14), None, 2.0) == [OpenSlot(Rank(0), Incarnation(14))]
+
+
 def test_switch_in_band_when_all_are_ready_and_the_round_was_clean() -> None:
     membership = staged(WITH_TWO)
     assert membership.on_clean_round(Epoch(0), 2.0) == []
