@@ -98,15 +98,25 @@ def heap_files() -> set[str]:
 
 
 def in_use_elsewhere(file: str) -> bool:
+    """Whether a living process of another session maps it, was told its directory (a cluster's heap directory stands on
+    the command lines of its processes), or made it (a directory of tests is named after its maker)."""
     ours = descendants().keys() | {os.getpid()}
+    directory = str(_SHARED_MEMORY / Path(file).relative_to(_SHARED_MEMORY).parts[0])
     for entry in _PROC.iterdir():
         if entry.name.isdigit() and int(entry.name) not in ours:
+            if directory.startswith(f"{_SHARED_MEMORY}/{own_directory_prefix(int(entry.name))}"):
+                return True
             try:
-                if file in (entry / "maps").read_text():
+                if directory in command_of(int(entry.name)) or file in (entry / "maps").read_text():
                     return True
             except OSError:
                 continue
     return False
+
+
+def own_directory_prefix(pid: int) -> str:
+    """How a test process names its own directories of shared memory."""
+    return f"regrow-test-{pid}-"
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.leak_checks import own_directory_prefix
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
@@ -16,7 +18,7 @@ def one_thread() -> None:
 
 @pytest.fixture
 def heap_dir() -> Iterator[Path]:
-    directory = Path(tempfile.mkdtemp(prefix="regrow-test-", dir="/dev/shm"))
+    directory = Path(tempfile.mkdtemp(prefix=own_directory_prefix(os.getpid()), dir="/dev/shm"))
     yield directory
     left = sorted(os.listdir(directory))
     for name in left:
