@@ -57,7 +57,7 @@ def agent(
 
 @app.command()
 def fault(
-    action: Annotated[str, typer.Argument(help="kill, mask, unmask, stop, cont, ...")],
+    action: Annotated[str, typer.Argument(help="kill, term, stop, cont, mask, unmask, drain or undrain.")],
     rank: Annotated[int | None, typer.Option(help="The decode rank that is meant.")] = None,
     process: Annotated[str | None, typer.Option(metavar="NAME", help="Or a process, as prefill-0.")] = None,
     run_dir: RunDir = _RUN_DIR,

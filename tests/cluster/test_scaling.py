@@ -13,7 +13,7 @@ import pytest
 from services.cli.chat_client import Stream
 from tests.cluster.harness import ROOT, Cluster, outcome, stream_all, until_tokens, varied_bodies
 
-NUM_STREAMS, MAX_TOKENS = 12, 80
+NUM_STREAMS, MAX_TOKENS = 8, 60
 
 
 @pytest.fixture(scope="module")

@@ -212,3 +212,66 @@ def test_any_order_of_events_ends_in_a_complete_stop(events: list[tuple[str, int
             supervisor.on_exit(action.name, "signal KILL", now)
     assert supervisor.is_stopped
     assert supervisor.on_tick(now) == []
+
+
+def names(supervisor: Supervisor) -> list[str]:
+    return sorted(supervisor.children)
+
+
+def test_more_children_take_the_lowest_free_numbers() -> None:
+    supervisor = make("monitor", "decode-0", "decode-2")
+    start(supervisor, 0.0)
+    assert supervisor.on_set_children("decode", 4, (), 1.0) == []
+    assert start(supervisor, 1.0) == ["decode-1", "decode-3"]
+    assert supervisor.on_set_children("decode", 4, (), 1.0) == [] and supervisor.num_wanted_children("decode") == 4
+
+
+def test_fewer_children_end_only_those_that_may_and_only_as_many_as_are_too_many() -> None:
+    supervisor = make("decode-0", "decode-1", "decode-2")
+    start(supervisor, 0.0)
+    everybody = [child.process for child in supervisor.alive]
+    assert supervisor.on_set_children("decode", 2, (), 1.0) == []
+    actions = supervisor.on_set_children("decode", 2, everybody, 1.0)
+    assert actions == [Kill("decode-0", "TERM"), Kill("decode-0", "CONT")]
+    assert supervisor.on_set_children("decode", 2, everybody, 1.0) == [], "said twice, done once"
+    assert supervisor.num_wanted_children("decode") == 2
+    supervisor.on_exit("decode-0", "exit 0", 2.0)
+    assert names(supervisor) == ["decode-1", "decode-2"] and start(supervisor, 60.0) == []
+
+
+def test_a_child_that_does_not_run_is_the_first_to_go() -> None:
+    supervisor = make("decode-0", "decode-1", "decode-2")
+    start(supervisor, 0.0)
+    everybody = [child.process for child in supervisor.alive]
+    supervisor.on_exit("decode-1", "signal KILL", 1.0)
+    assert supervisor.on_set_children("decode", 2, everybody, 1.0) == []
+    assert names(supervisor) == ["decode-0", "decode-2"]
+
+
+def test_a_child_that_does_not_end_when_it_is_not_wanted_is_killed() -> None:
+    supervisor = make("prefill-0", "prefill-1")
+    start(supervisor, 0.0)
+    process = supervisor.children["prefill-1"].process
+    assert supervisor.on_set_children("prefill", 1, [process], 1.0)[0] == Kill("prefill-1", "TERM")
+    assert supervisor.on_tick(1.0 + CONFIG.agent.stop_s - 0.1) == []
+    assert supervisor.on_tick(1.0 + CONFIG.agent.stop_s) == [Kill("prefill-1", "KILL")]
+
+
+def test_a_stop_while_children_are_being_ended_waits_for_them() -> None:
+    supervisor = make("decode-0", "decode-1")
+    start(supervisor, 0.0)
+    supervisor.on_set_children("decode", 1, [supervisor.children["decode-1"].process], 1.0)
+    supervisor.on_stop(1.5)
+    assert supervisor.on_set_children("decode", 5, (), 1.6) == [] and len(names(supervisor)) == 2
+    supervisor.on_exit("decode-1", "exit 0", 2.0)
+    supervisor.on_exit("decode-0", "exit 0", 2.0)
+    assert supervisor.is_stopped
+
+
+def test_only_decode_ranks_and_prefill_workers_are_counted_and_never_none_of_them() -> None:
+    supervisor = make("monitor", "decode-0")
+    start(supervisor, 0.0)
+    everybody = [child.process for child in supervisor.alive]
+    for kind, count in (("monitor", 2), ("router", 1), ("decode", 0), ("decode", 10_000)):
+        assert supervisor.on_set_children(kind, count, everybody, 1.0) == []
+    assert names(supervisor) == ["decode-0", "monitor"]

@@ -11,7 +11,7 @@ import zmq
 
 from common.fault import FaultRefused
 from common.monitor_address import MonitorAddress
-from services.cli.fault import FaultClient, fault, fault_event
+from services.cli.fault import FaultClient, fault, fault_event, scale, scale_event
 
 Answers = Callable[[dict[str, Any], int], list[object]]
 
@@ -84,6 +84,18 @@ def test_no_proof_is_code_1_with_the_reason(status: str, capsys: pytest.CaptureF
     with bus(answers) as address:
         assert fault(address, "stop", None, "x") == 1
     assert capsys.readouterr().out == f"stop x: {status}: no live process is called 'x'\n"
+
+
+def test_scale_says_the_wanted_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    def answers(event: dict[str, Any], number: int) -> list[object]:
+        assert (event["action"], event["decode"], event["prefill"]) == ("scale", 6, 2)
+        return [acknowledgement(event, "done", proof="view 9")]
+
+    with bus(answers) as address:
+        assert scale(address, 6, 2) == 0
+    assert capsys.readouterr().out == "scale decode 6, prefill 2: done: view 9\n"
+    with pytest.raises(FaultRefused, match="needs decode or prefill"):
+        scale_event(None, None)
 
 
 def test_silence_ends_at_the_deadline() -> None:

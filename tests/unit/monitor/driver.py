@@ -52,6 +52,7 @@ class Puppet:
     out_of: Epoch = NO_EPOCH
     progress: int = 0
     waits_for: tuple[int, ...] = ()
+    counters: dict[str, int] = field(default_factory=dict)
     received: list[Message] = field(default_factory=list)
 
     @property
@@ -130,7 +131,7 @@ class Driver:
             puppet,
             Heartbeat(
                 puppet.process, puppet.rank, puppet.incarnation, puppet.term, puppet.epoch, puppet.state,
-                puppet.progress, puppet.waits_for, 0, puppet.out_of,
+                puppet.progress, puppet.waits_for, 0, puppet.out_of, puppet.counters,
             ),
             suffix="#beat",
         )  # fmt: skip

@@ -184,6 +184,11 @@ GOOD = {"type": "fault", "id": "a", "action": "kill", "rank": 1}
         (GOOD | {"action": "explode"}, "unknown action 'explode'"),
         (GOOD | {"action": None}, "unknown action"),
         (GOOD | {"at_round": 7}, "unknown key 'at_round'"),
+        (GOOD | {"decode": 3}, "decode goes with scale only"),
+        ({"type": "fault", "id": "a", "action": "scale"}, "scale needs decode or prefill"),
+        ({"type": "fault", "id": "a", "action": "scale", "decode": 2, "rank": 1}, "no rank and no process"),
+        ({"type": "fault", "id": "a", "action": "scale", "decode": 0}, "decode must be a whole number from 1 to 64"),
+        ({"type": "fault", "id": "a", "action": "scale", "prefill": True}, "prefill must be a whole number"),
         (GOOD | {"rank": -1}, "rank must be"),
         (GOOD | {"rank": True}, "rank must be"),
         (GOOD | {"rank": "1"}, "rank must be"),
@@ -207,6 +212,8 @@ def test_nonsense_is_answered_with_the_reason_and_changes_nothing(event: object,
 
 def test_a_good_event_is_read() -> None:
     assert parse_fault(msgspec.msgpack.encode(GOOD)) == Fault("a", "kill", rank=1)
+    scale = parse_fault(msgspec.msgpack.encode({"type": "fault", "id": "s", "action": "scale", "decode": 6}))
+    assert (scale.counts, scale.target) == ({"decode": 6}, "decode 6")
     assert "kill" in ACTIONS and "mask" in ACTIONS and "unmask" in ACTIONS
 
 
