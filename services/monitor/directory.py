@@ -39,7 +39,8 @@ class DirectoryKeeper:
 
     def _worker(self, process: Process) -> Worker:
         hello = process.hello
-        state = self.state_of(process.id) if hello.kind == "decode" else "up"
+        # A process without heartbeats yet has nothing to say; a prefill worker may still be loading.
+        state = self.state_of(process.id) if hello.kind == "decode" else process.beat.state
         return Worker(hello.process, hello.kind, hello.name, hello.host, hello.pid, hello.endpoint, state)
 
     def state_of(self, process: ProcessId) -> str:

@@ -191,7 +191,7 @@ class Monitor:
             if hello.rank == NO_RANK and hello.heap != slot.heap:
                 self.membership.on_left(slot, now)  # its SlotLeft was lost: what it offers now is another heap
                 process.must_greet = False
-        elif hello.rank != NO_RANK and hello.rank < len(self.slots.slots):
+        elif 0 <= hello.rank < len(self.slots.slots):
             self._outbox.emit("zombie", now, epoch=self.group.epoch, rank=hello.rank, process=process.id)
             if self.slots.slots[hello.rank].state is SlotState.FREE:
                 fenced = SlotState.FENCING
@@ -205,11 +205,12 @@ class Monitor:
         rank, incarnation = NO_RANK, Incarnation(0)
         if slot is not None and slot.state is SlotState.HELD:
             rank, incarnation = slot.rank, slot.incarnation
-        view = self.group.current
+        # Told so, it says so itself in its next Hello: a restarted monitor must not give a masked rank a slot unasked.
+        masked = slot is not None and slot.state is SlotState.MASKED
+        term, view, directory = self.counter.term, self.group.current, self.directory.message
         process.welcomed_at = now
-        directory = self.directory.message
         self._outbox.send(
-            process.id, Welcome(self.id, self.counter.term, self.config, directory, view, rank, incarnation)
+            process.id, Welcome(self.id, term, self.config, directory, view, rank, incarnation, masked=masked)
         )
         if self.group.prepared is not None and process.id in self.group.prepared.waiting:
             self._outbox.send(process.id, self.group.prepared.message)

@@ -56,7 +56,9 @@ class ProcessTable:
             known = {other.hello.name for other in self._processes.values()} | self._names_gone
             kind = "restarted" if hello.name in known else "new"
             stranger = self.strangers.pop(hello.process, None)
-            beat = stranger[0] if stranger else Heartbeat(hello.process, hello.rank, hello.incarnation)
+            beat = (
+                stranger[0] if stranger else Heartbeat(hello.process, hello.rank, hello.incarnation, state="starting")
+            )
             self._num_arrived += 1
             process = self._processes[hello.process] = Process(hello, self._num_arrived, now, beat)
         process.hello, process.heard_at, process.must_greet = hello, now, False

@@ -15,9 +15,10 @@ from common.ids import Epoch, ProcessId
 from common.messages import View
 
 SEND_AGAIN_S = 0.5
-# Two ranks may miss each other's deadline twice in a row on a busy machine. Thrice within a minute is no accident.
-_NUM_REPEATS = 3
-_REPEATS_WITHIN_S = 60.0
+# Two ranks may miss each other's deadline twice in a row on a busy machine, and a group of two has only one pair. Four
+# times with hardly a clean round in between is no accident: over a broken path every round is void at its deadline.
+_NUM_REPEATS = 4
+_REPEATS_WITHIN_S = 20.0
 
 Pair = frozenset[ProcessId]
 
@@ -61,5 +62,7 @@ class BrokenPaths:
             return None
         self._history.clear()
         in_pairs = Counter(process for pair in repeated for process in pair)
-        accused = Counter(process_of[rank] for ranks in roll_call.answers.values() for rank in ranks)
+        accused = Counter(
+            process_of[rank] for ranks in roll_call.answers.values() for rank in ranks if rank in process_of
+        )
         return max(in_pairs, key=lambda process: (in_pairs[process], accused[process], process))

@@ -158,7 +158,7 @@ class MonitorService:
         self._writers.add(writer)
         try:
             await self._hold_lifeline(reader)
-        except (OSError, ValueError, TimeoutError, asyncio.CancelledError):
+        except (OSError, ValueError, EOFError, asyncio.LimitOverrunError, TimeoutError, asyncio.CancelledError):
             pass  # no name came, or the monitor stops: in neither case is there anybody to tell
         finally:
             self._lifeline_tasks.discard(task)

@@ -7,7 +7,7 @@ import pytest
 
 from common.fault import ACTIONS, Fault, FaultRefused, parse_fault
 from common.ids import ProcessId
-from common.messages import AskStatus, Signal, SignalDone, Status
+from common.messages import AskStatus, Signal, SignalDone, Status, Welcome
 from tests.unit.monitor.driver import Driver, Puppet
 
 
@@ -87,6 +87,7 @@ def test_mask_keeps_the_process_and_its_number() -> None:
     driver.advance(10.0)
     assert driver.ranks == [0, 2] and _states(driver)[1] == "masked", "neither it nor the standby steps in"
     assert _agent(driver).got(Signal) == [], "a masked rank is not fenced"
+    assert puppets[1].got(Welcome)[-1].masked, "it must tell a restarted monitor"
     incarnation = driver.monitor.slots.slots[1].last_incarnation
     assert driver.fault("u", "unmask", rank=1) == "accepted"
     driver.advance(0.5)

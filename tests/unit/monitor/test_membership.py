@@ -1,8 +1,8 @@
 """Each rule of membership by itself: who is removed, on what evidence, how soon; and who is not."""
 
 from common.config import ClusterConfig, DecodeConfig
-from common.ids import NO_RANK, Epoch, Incarnation, ProcessId
-from common.messages import HeartbeatReply, Prepare, RollCall, Signal, SlotLeft, View, Welcome
+from common.ids import NO_RANK, Epoch, Incarnation, ProcessId, Rank
+from common.messages import HeartbeatReply, Hello, Prepare, RollCall, Signal, SlotLeft, View, Welcome
 from services.monitor.slots import SlotState
 from tests.unit.monitor.driver import CONFIG, Driver
 
@@ -196,12 +196,12 @@ def test_a_heartbeat_that_says_void_is_no_answer() -> None:
     assert driver.ranks == [0, 1]
 
 
-def test_the_same_pair_thrice_is_a_broken_path() -> None:
+def test_the_same_pair_four_times_is_a_broken_path() -> None:
     driver = Driver()
     puppets = driver.form()
     for puppet in puppets:
         puppet.answers_roll_calls = False
-    for _ in range(3):
+    for _ in range(4):
         assert driver.ranks == [0, 1, 2]
         driver.void(puppets[0], accused=(2,))
         driver.answer(puppets[1], accused=(2,))
@@ -209,6 +209,58 @@ def test_the_same_pair_thrice_is_a_broken_path() -> None:
         driver.advance(0.3)
     assert driver.ranks == [0, 1]
     assert driver.last_event("removed")["evidence"] == "the path to it is broken"
+
+
+def test_the_same_pair_now_and_then_is_a_busy_machine() -> None:
+    driver = Driver(ClusterConfig(decode=DecodeConfig(num_ranks=2, max_ranks=5)))
+    puppets = driver.form(2)
+    for puppet in puppets:
+        puppet.answers_roll_calls = False
+    for _ in range(8):
+        driver.void(puppets[0], accused=(1,))
+        driver.answer(puppets[1], accused=(0,))
+        driver.advance(8.0)
+    assert driver.ranks == [0, 1]
+
+
+def test_an_accusation_of_a_rank_that_is_in_no_view_is_heard_and_means_nothing() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    for puppet in puppets:
+        puppet.answers_roll_calls = False
+    for _ in range(4):
+        driver.void(puppets[0], accused=(2, 4))
+        driver.answer(puppets[1], accused=(2, 4))
+        driver.answer(puppets[2])
+        driver.advance(0.3)
+    assert driver.ranks == [0, 1]
+
+
+def test_a_rank_number_that_cannot_be_changes_nothing() -> None:
+    driver = Driver()
+    driver.form()
+    stranger = driver.enter("decode", "decode-9")
+    for rank in (-100, -5, 99):
+        hello = Hello(stranger.process, "decode", "decode-9", "h", 7, "tcp://x", "agent-0", "x.0", Rank(rank))
+        driver.say(stranger, hello)
+    assert driver.ranks == [0, 1, 2]
+    assert driver.puppets[ProcessId("agent-0-a")].got(Signal) == [], "somebody was fenced"
+
+
+def test_a_prefill_worker_is_not_up_before_it_says_so() -> None:
+    driver = Driver()
+    driver.form()
+    worker = driver.enter("prefill", "prefill-0")
+    worker.state = "loading"
+
+    def states() -> list[str]:
+        return [listed.state for listed in driver.monitor.directory.message.of_kind("prefill")]
+
+    driver.advance(0.2)
+    assert states() == ["loading"]
+    worker.state = "up"
+    driver.advance(0.2)
+    assert states() == ["up"]
 
 
 def test_other_pairs_each_time_are_no_broken_path() -> None:
