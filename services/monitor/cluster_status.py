@@ -104,7 +104,7 @@ class ClusterStatus:
         if slot.state is SlotState.MASKED:
             return "masked"
         if slot.state is not SlotState.HELD:
-            return "dead"
+            return "draining" if slot.state is SlotState.FENCING and slot.released else "dead"
         if self._group.member(slot.process) is None:
             return "joining"
         return "draining" if process is not None and process.beat.state == "draining" else "serving"

@@ -179,7 +179,7 @@ class Membership:
                 self._slots.fence(slot, now, removal.evidence)
                 self._fences.put_up(removal.process, now)
             elif removal.fate is Fate.RELEASE:
-                self._slots.fence(slot, now, removal.evidence)
+                self._slots.fence(slot, now, removal.evidence, released=True)
                 self._fences.put_up(removal.process, now, self._config.monitor.adopt_timeout_s)
             elif removal.fate is Fate.MASK:
                 self._slots.mask(slot, now, removal.evidence)

@@ -153,8 +153,7 @@ class Sizing:
     def _learn(self, agent: Process, kind: str, now: float) -> None:
         if kind not in self._known:
             self._known.add(kind)
-            most = self._max_ranks if kind == "decode" else _counts(agent, kind)[0]
-            self._want(kind, min(_counts(agent, kind)[0], most), f"{agent.hello.name} was told so before", now)
+            self._want(kind, _counts(agent, kind)[0], f"{agent.hello.name} was told so before", now)
 
     def _tell(self, agent: Process, kind: str, now: float) -> None:
         wanted, num_children = _counts(agent, kind)

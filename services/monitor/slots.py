@@ -52,6 +52,7 @@ class Slot:
     seen: bool = False
     entered: bool = False
     taken_away_at: float = 0.0  # FENCING, MASKED: since when
+    released: bool = False  # FENCING: nothing is wrong with it, it is only not wanted any more
     left: bool = False  # MASKED: the process has drained its stream and waits as a standby
     last_incarnation: Incarnation = _NO_INCARNATION
     last_pid: int = 0
@@ -85,7 +86,7 @@ class SlotTable:
         assert holder is None or holder is slot, f"{process} holds slot {holder and holder.rank} already"
         slot.machine.move(state, now, f"{process} incarnation {incarnation}")
         slot.process, slot.incarnation, slot.heap = process, incarnation, heap
-        slot.seen = slot.entered = slot.left = False
+        slot.seen = slot.entered = slot.left = slot.released = False
         slot.taken_away_at = now
         slot.last_incarnation = incarnation
         return slot
@@ -100,9 +101,9 @@ class SlotTable:
         is_known = slot.seen or (slot.state is not SlotState.HELD and now - slot.taken_away_at > _SETTLED_S)
         return is_known and not slot.left and beat.rank == NO_RANK
 
-    def fence(self, slot: Slot, now: float, cause: str) -> None:
+    def fence(self, slot: Slot, now: float, cause: str, released: bool = False) -> None:
         slot.machine.move(SlotState.FENCING, now, cause)
-        slot.taken_away_at = now
+        slot.taken_away_at, slot.released = now, released
 
     def mask(self, slot: Slot, now: float, cause: str) -> None:
         slot.machine.move(SlotState.MASKED, now, cause)

@@ -3,6 +3,7 @@
 The agent is played by its real `Supervisor`; what it starts are puppets.
 """
 
+import json
 from random import Random
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from common.config import ClusterConfig, DecodeConfig, PrefillConfig
 from common.ids import ProcessId
-from common.messages import SetChildren, Signal
+from common.messages import AskStatus, SetChildren, Signal, Status
 from services.agent.supervisor import Kill, Spawn, Supervisor
 from services.monitor.slots import SlotState
 from tests.unit.monitor.driver import Driver, Puppet
@@ -66,6 +67,11 @@ class Fleet(Driver):
         self.supervisor.on_exit(puppet.name, reason, self.now)
         self.exited(puppet, reason)
 
+    def states(self) -> dict[int, str]:
+        self.say(self.agent, AskStatus(self.agent.process, 1))
+        body = json.loads(self.agent.got(Status)[-1].body)
+        return {entry["rank"]: entry["state"] for entry in body["ranks"]}
+
     def alive(self, kind: str) -> list[str]:
         return sorted(child.name for child in self.supervisor.alive if child.kind == kind)
 
@@ -101,6 +107,7 @@ def test_no_process_is_ended_before_it_has_left_its_slot() -> None:
     fleet.fault("down", "scale", decode=2)
     fleet.run(1.0)
     assert fleet.ranks == [0, 1] and len(fleet.alive("decode")) == 3
+    assert fleet.states()[2] == "draining"
     assert all(not order.retire for order in fleet.agent.got(SetChildren)) and fleet.fault_status("down") == "accepted"
     fleet.leave(leaver, fleet.epoch)
     fleet.run(1.0)
