@@ -34,7 +34,7 @@ class Fleet(Driver):
         self.supervisor = Supervisor(names, config, Random(1), self.now)
         self.wanted = {"decode": config.decode.num_ranks, "prefill": config.prefill.num_workers}
         self.agent = self.enter("agent", "agent-0")
-        self._num_read = 0
+        self.num_read = 0
         self.run(3.0)
         assert self.ranks == list(range(config.decode.num_ranks))
 
@@ -45,12 +45,12 @@ class Fleet(Driver):
 
     def run(self, seconds: float) -> None:
         for _ in range(round(seconds / STEP_S)):
-            self._follow_orders()
+            self.follow_orders()
             self.advance(STEP_S)
 
-    def _follow_orders(self) -> None:
-        for order in self.agent.got(SetChildren)[self._num_read :]:
-            self._num_read += 1
+    def follow_orders(self) -> None:
+        for order in self.agent.got(SetChildren)[self.num_read :]:
+            self.num_read += 1
             self.wanted[order.kind] = order.count
             for action in self.supervisor.on_set_children(order.kind, order.count, order.retire, self.now):
                 if isinstance(action, Kill) and action.signal == "TERM":
@@ -165,10 +165,14 @@ def test_what_is_masked_goes_first() -> None:
 
 
 @pytest.mark.parametrize("wanted", [2, 5])
-def test_a_new_monitor_goes_on_to_the_size_that_the_agent_was_told(wanted: int) -> None:
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_new_monitor_goes_on_to_the_size_that_the_agent_was_told(wanted: int, is_told: bool) -> None:
+    """The old monitor dies right after it has told the agent, or before that."""
     fleet = Fleet()
     fleet.fault("s", "scale", decode=wanted)
-    fleet._follow_orders()
+    if not is_told:
+        wanted, fleet.num_read = 3, len(fleet.agent.got(SetChildren))
+    fleet.follow_orders()
     fleet.replace_monitor("monitor-2")
     for puppet in [p for p in fleet.puppets.values() if p.is_beating]:
         fleet.open_lifeline(puppet)
