@@ -86,7 +86,7 @@ class AgentConfig(_Section, frozen=True):
     restart_backoff_max_s: float = 5.0
     give_up_after: int = 8  # deaths within give_up_window_s
     give_up_window_s: float = 60.0
-    stop_s: float = 8.0  # SIGTERM, then SIGKILL
+    stop_s: float = 12.0  # SIGTERM, then SIGKILL; longer than router.drain_s
 
 
 class ClusterConfig(_Section, frozen=True):
