@@ -97,10 +97,13 @@ class EpochState:
         """
         return self._wait.missing
 
-    @property
-    def wait_s_by_rank(self) -> tuple[float, ...]:
-        """Per slot, seconds that this rank has waited for it since this object was made; only grows."""
-        return tuple(self._wait.wait_s)
+    def wait_ns_by_source(self) -> torch.Tensor:
+        """int64 [W]: nanoseconds that this rank has waited for each slot since this object was made. From any thread.
+
+        Only grows. A word that was there at the first look costs nothing, so the slowest rank stands out at all
+        others.
+        """
+        return (torch.tensor(self._wait.wait_s, dtype=torch.float64) * 1e9).round().long()
 
     def map_peer(self, rank: int, peer_heap: PeerHeap) -> None:
         """Use ``peer_heap`` for slot ``rank`` from now on, also in place of an earlier one. ValueError if its layout

@@ -1,15 +1,16 @@
 """What a dispatch left in the own heap, laid out for the expert MLP.
 
 Legend: W max_ranks, M max_tokens, H hidden_size, S = W * M row slots of the heap, N (row, k) entries for the experts
-held here.
+held here, R rows with at least one of them.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from kernels.heap_window import HeapWindow
+from kernels.heap_window import FloatArray, HeapWindow
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,3 +67,20 @@ def read_received(
         local_expert_N=torch.from_numpy((code_RK[row_R, k_N] & 0xFFFF).astype(np.int64)),
         weight_N=torch.from_numpy(header[row_R, 1 + top_k + k_N].view(np.float32)),
     )
+
+
+def sum_of_each_row(
+    expert_rows_NH: torch.Tensor, received: Received, top_k: int
+) -> tuple[npt.NDArray[np.int64], FloatArray]:
+    """What a rank returns for each token that it received, when it adds up its own experts' rows first.
+
+    The first entry of each row, and ((0 + w * row) + w' * row') + ... in top-k order, rounded to float32 after each
+    step: float32 [R, H].
+    """
+    _, first_R, row_N = np.unique(received.row_N.numpy(), return_index=True, return_inverse=True)
+    product_NH = (expert_rows_NH * received.weight_N[:, None]).numpy()
+    total_RH: FloatArray = np.zeros((len(first_R), expert_rows_NH.shape[1]), np.float32)
+    for k in range(top_k):
+        chosen_N = received.k_N.numpy() == k
+        total_RH[row_N[chosen_N]] += product_NH[chosen_N]
+    return first_R, total_RH

@@ -10,7 +10,8 @@ rows, so inside an epoch nobody is more than one operation ahead. Headers have f
 (``step_words.header_bank``). An epoch begins with the header allgather, which completes only when every member has
 left the old epoch; no payload of the new one is written before.
 
-Legend: M max_tokens, T tokens of this call (0..M), K top_k, H hidden_size, N (row, k) entries of the experts held here.
+Legend: W max_ranks, M max_tokens, T tokens of this call (0..M), K top_k, H hidden_size, L physical experts of a rank,
+N (row, k) entries of the experts held here.
 """
 
 import time
@@ -24,7 +25,7 @@ import torch
 from kernels.epoch_state import VOID, EpochState, VoidReason
 from kernels.heap_layout import HeapLayout
 from kernels.heap_window import FloatArray, Int32Array
-from kernels.received import Received, read_received
+from kernels.received import Received, read_received, sum_of_each_row
 from kernels.step_words import EPOCH_SHIFT, epoch_floor, header_bank, header_tag, tagged
 from kernels.symmetric_memory.base import SymmetricHeap
 from kernels.word_wait import Clock, Pause, yield_then_sleep
@@ -45,7 +46,8 @@ class ElasticGroup(EpochState):
     """One rank's end of the group: its heap, the peers' heaps as mapped here, the epoch it is in.
 
     ``deadline_s`` bounds the waits of dispatch and combine (a tenth longer when several ranks are late); the wait for
-    headers is patient. ``clock`` (seconds) and ``pause`` (called with the number of polls so far) are for tests.
+    headers is patient. ``num_local_experts``: physical experts of a rank, for ``expert_load``; 0 counts nothing.
+    ``clock`` (seconds) and ``pause`` (called with the number of polls so far) are for tests.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class ElasticGroup(EpochState):
         rank: int,
         *,
         deadline_s: float,
+        num_local_experts: int = 0,
         clock: Clock = time.monotonic,
         pause: Pause = yield_then_sleep,
     ) -> None:
@@ -62,6 +65,7 @@ class ElasticGroup(EpochState):
         ep = layout.ep
         if ep.dtype != torch.float32:
             raise ValueError(f"the CPU data path computes in float32, the layout has {ep.dtype}")
+        self._load_WL = np.zeros((ep.max_ranks, num_local_experts), np.int64)
         self._num_headers = 0
         self._announced: tuple[int, list[int]] | None = None
         self._combine_due = 0  # step of the dispatch whose combine comes next; 0: none
@@ -164,6 +168,8 @@ class ElasticGroup(EpochState):
         num_tokens, top_k = rank.shape
         outbox = self._outbox[:num_tokens]
         outbox[:, 1 : 1 + top_k] = np.where(rank >= 0, rank << 16 | local_expert_TK.numpy(), -1)
+        if self._load_WL.size:
+            np.add.at(self._load_WL, (rank[rank >= 0], local_expert_TK.numpy()[rank >= 0]), 1)
         outbox[:, 1 + top_k : 1 + 2 * top_k] = weight_TK.numpy().view(np.int32)
         outbox[:, self._x_begin : self._x_end] = x_TH.numpy().view(np.int32)
         for member in self.members:
@@ -182,12 +188,14 @@ class ElasticGroup(EpochState):
             num_rows[member] = self._own.dispatch_num_rows[member]
         return read_received(self._own, self._x_SH, self.rank, top_k, step, tuple(num_rows))
 
-    def combine(self, expert_rows_NH: torch.Tensor, received: Received) -> torch.Tensor | None:
-        """Return one row per entry of ``received`` to its token's owner, and add up those of the own tokens: float32
-        [T, H].
+    def combine(self, expert_rows_NH: torch.Tensor, received: Received, *, ordered: bool = True) -> torch.Tensor | None:
+        """Return the experts' rows (one per entry of ``received``) to the tokens' owners, and add up those of the own
+        tokens: float32 [T, H].
 
-        out[t] = ((0 + w[t,0] * row[t,0]) + w[t,1] * row[t,1]) + ... in top-k order, every product and sum rounded to
-        float32, dropped entries left out: the same bits under every placement. w are the weights given to dispatch.
+        Ordered, the same on all ranks: out[t] = ((0 + w[t,0] * row[t,0]) + w[t,1] * row[t,1]) + ... in top-k order,
+        every product and sum rounded to float32, dropped entries left out: the same bits under every placement. w are
+        the weights given to dispatch. Not ordered ("reduced"): each rank makes this sum over its own experts' rows and
+        returns one row a token; the owner adds those in order of ranks. Fewer bytes, equal up to rounding.
         """
         ep = self.layout.ep
         if expert_rows_NH.shape != (received.num_entries, ep.hidden_size) or expert_rows_NH.dtype != torch.float32:
@@ -199,9 +207,13 @@ class ElasticGroup(EpochState):
             raise RuntimeError("combine out of order: it takes what the last dispatch received, once")
         step = self._next_step()
         self._combine_due = 0
-        place_N = (received.token_N * ep.top_k + received.k_N).numpy()
-        bounds = np.searchsorted(received.source_N.numpy(), np.arange(ep.max_ranks + 1)).tolist()
-        rows = expert_rows_NH.numpy()
+        source_N, place_N = received.source_N.numpy(), (received.token_N * ep.top_k + received.k_N).numpy()
+        if ordered:
+            rows = expert_rows_NH.numpy()
+        else:
+            first_R, rows = sum_of_each_row(expert_rows_NH, received, ep.top_k)
+            source_N, place_N = source_N[first_R], place_N[first_R] // ep.top_k * ep.top_k
+        bounds = np.searchsorted(source_N, np.arange(ep.max_ranks + 1)).tolist()
         for member in self.members:
             begin, end = bounds[member], bounds[member + 1]
             if begin != end:
@@ -210,7 +222,13 @@ class ElasticGroup(EpochState):
             self._windows[member].combine_word[self.rank] = step
         if not self._await_words(self._own.combine_word, step, self.deadline_s):
             return None
-        return torch.from_numpy(self._add_up())
+        return torch.from_numpy(self._add_up() if ordered else self._add_up_ranks())
+
+    def expert_load(self) -> torch.Tensor:
+        """int64 [W, num_local_experts]: rows that this rank has sent to each physical expert since this object was
+        made, dropped entries and padding left out. The sum over the members is the experts' load: the planner's input.
+        """
+        return torch.from_numpy(self._load_WL.copy())
 
     def clean_buffer(self, deadline_s: float) -> bool:
         """A barrier of all members. False: it made this rank void (own deadline, poison, ...) or found it so."""
@@ -243,6 +261,15 @@ class ElasticGroup(EpochState):
                 out_TH += rows_TKH[:, k]
         return out_TH
 
+    def _add_up_ranks(self) -> FloatArray:
+        ep = self.layout.ep
+        rank_TK = self._outbox[: self._num_tokens, 1 : 1 + ep.top_k] >> 16
+        out_TH: FloatArray = np.zeros((self._num_tokens, ep.hidden_size), np.float32)
+        for member in self.members:
+            held_T = (rank_TK == member).any(axis=1)
+            out_TH[held_T] += self._own.combine_rows[member][: self._num_tokens * ep.top_k : ep.top_k][held_T]
+        return out_TH
+
     def _check_routing(
         self, x_TH: torch.Tensor, rank_TK: torch.Tensor, local_expert_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> npt.NDArray[np.int64]:
@@ -263,8 +290,9 @@ class ElasticGroup(EpochState):
         sent = rank >= 0
         if rank.min() < -1 or rank.max() >= ep.max_ranks or not self._routable_W[rank[sent]].all():
             raise ValueError(f"tokens routed to ranks outside epoch {self.epoch}'s members {list(self.members)}")
-        if (local_expert_TK.numpy()[sent] >> 16).any():
-            raise ValueError("local experts must be in 0..65535")
+        num_local = self._load_WL.shape[1] or 65536
+        if (local_expert_TK.numpy()[sent] // num_local).any():
+            raise ValueError(f"local experts must be in 0..{num_local - 1}")
         return np.where(sent & ~self._masked_W[rank], rank, -1)
 
     def _header_data(self, header_words: Sequence[int], digest: int) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from kernels.device_group import DeviceGroup
 from kernels.epoch_state import CLEAN, VOID
 from kernels.heap_layout import HeapLayout
-from kernels.received import Received
+from kernels.received import Received, sum_of_each_row
 from kernels.reference import ElasticGroup, HeaderRound
 from kernels.symmetric_memory.base import SymmetricHeap
 
@@ -59,14 +59,19 @@ class InterpretedGroup(ElasticGroup):
         self._num_out = len(x_TH)
         return None if self._note() == VOID else received_entries(self.kernels, self.members)
 
-    def combine(self, expert_rows_NH: torch.Tensor, received: Received) -> torch.Tensor | None:
+    def combine(self, expert_rows_NH: torch.Tensor, received: Received, *, ordered: bool = True) -> torch.Tensor | None:
         ep = self.layout.ep
         rows = torch.full((ep.max_ranks * ep.max_tokens, ep.top_k, ep.hidden_size), float("nan"))
-        rows[received.row_N, received.k_N] = expert_rows_NH
+        if ordered:
+            rows[received.row_N, received.k_N] = expert_rows_NH
+            rows = rows.view(ep.max_ranks, ep.max_tokens, ep.top_k, ep.hidden_size)
+        else:
+            first_R, total_RH = sum_of_each_row(expert_rows_NH, received, ep.top_k)
+            rows[received.row_N[first_R], 0] = torch.from_numpy(total_RH)
+            rows = rows[:, 0].reshape(ep.max_ranks, ep.max_tokens, ep.hidden_size)
         out_TH = torch.full((self._num_out, ep.hidden_size), float("nan"))
-        rows = rows.view(ep.max_ranks, ep.max_tokens, ep.top_k, ep.hidden_size)
         with self._host_watching():
-            self.kernels.combine(rows, out_TH, ordered=True)
+            self.kernels.combine(rows, out_TH, ordered=ordered)
         return None if self._note() == VOID else out_TH
 
     @contextmanager

@@ -184,11 +184,23 @@ class Placement:
         return pair_TK2[..., 0], pair_TK2[..., 1]
 
 
-def moe_layer(group: ElasticGroup, tokens: Tokens, placement: Placement) -> torch.Tensor | None:
+def reduced_oracle(tokens: Tokens, placement: Placement) -> torch.Tensor:
+    """What a reduced combine must return: sums over each rank's entries in top-k order, added in order of ranks."""
+    rank_TK, _ = placement.route(tokens)
+    out_TH = torch.zeros_like(tokens.x_TH)
+    for rank in range(SHAPE.max_ranks):
+        here_TK = torch.where(rank_TK == rank, tokens.expert_TK, -1)
+        out_TH += oracle(Tokens(tokens.x_TH, here_TK, tokens.weight_TK))
+    return out_TH
+
+
+def moe_layer(
+    group: ElasticGroup, tokens: Tokens, placement: Placement, *, ordered: bool = True
+) -> torch.Tensor | None:
     """dispatch, experts, combine."""
     rank_TK, local_TK = placement.route(tokens)
     received = group.dispatch(tokens.x_TH, rank_TK, local_TK, tokens.weight_TK)
     if received is None:
         return None
     expert_N = placement.logical[group.rank][received.local_expert_N]
-    return group.combine(expert_mlp(received.x_NH(), expert_N), received)
+    return group.combine(expert_mlp(received.x_NH(), expert_N), received, ordered=ordered)

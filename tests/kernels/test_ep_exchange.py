@@ -6,14 +6,33 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.heap_layout import HeapLayout
 from kernels.reference import ElasticGroup
-from tests.kernels.local_group import SHAPE, LocalGroup, Placement, Tokens, local_group, moe_layer, oracle
+from kernels.symmetric_memory.shm import ShmProvider
+from tests.kernels.local_group import (
+    SHAPE,
+    LocalGroup,
+    Placement,
+    Tokens,
+    local_group,
+    moe_layer,
+    oracle,
+    reduced_oracle,
+)
 
 
 def run_layer(
-    cluster: LocalGroup, members: Sequence[int], tokens: Sequence[Tokens], placement: Placement
+    cluster: LocalGroup,
+    members: Sequence[int],
+    tokens: Sequence[Tokens],
+    placement: Placement,
+    *,
+    ordered: bool = True,
 ) -> dict[int, torch.Tensor]:
-    out = cluster.run(lambda group: moe_layer(group, tokens[group.rank], placement), only=members)
+    def act(group: ElasticGroup) -> torch.Tensor | None:
+        return moe_layer(group, tokens[group.rank], placement, ordered=ordered)
+
+    out = cluster.run(act, only=members)
     return {rank: got for rank, got in out.items() if got is not None}
 
 
@@ -37,6 +56,45 @@ def test_bits_do_not_depend_on_members(heap_dir: Path) -> None:
             out = run_layer(cluster, members, tokens, Placement.random(epoch, members, num_copies=1))
             for rank in members:
                 assert torch.equal(out[rank], oracle(tokens[rank])), (rank, epoch)
+
+
+@pytest.mark.parametrize("num_tokens_by_rank", [(3, 2, 4, 1), (0, 6, 0, 1), (0, 0, 0, 0)])
+def test_reduced_sums_by_rank_and_is_near_the_ordered_sum(heap_dir: Path, num_tokens_by_rank: tuple[int, ...]) -> None:
+    members = [0, 1, 2, 3]
+    tokens = [Tokens.random(10 + rank, num) for rank, num in enumerate(num_tokens_by_rank)]
+    with local_group(heap_dir) as cluster:
+        cluster.enter(1, members)
+        for seed in range(3):
+            placement = Placement.random(seed, members, num_copies=1 + seed)
+            out = run_layer(cluster, members, tokens, placement, ordered=False)
+            for rank, mine in enumerate(tokens):
+                assert torch.equal(out[rank], reduced_oracle(mine, placement)), (rank, seed)
+                torch.testing.assert_close(out[rank], oracle(mine), rtol=0, atol=2e-6)
+
+
+def test_rows_sent_to_each_expert_are_counted(heap_dir: Path) -> None:
+    """Dropped entries, padding among them, are none."""
+    layout = HeapLayout.build(SHAPE)
+    provider = ShmProvider(heap_dir)
+    heap = provider.allocate("heap", layout.nbytes)
+    layout.format(heap.bytes_U8)
+    group = ElasticGroup(layout, heap, 0, deadline_s=20.0, num_local_experts=5)
+    group.adopt(1, [0], 7)
+    assert group.allgather([]) is not None
+
+    def layer(rank_TK: list[list[int]], local_TK: list[list[int]]) -> None:
+        x_TH, weight_TK = torch.zeros(len(rank_TK), SHAPE.hidden_size), torch.ones(len(rank_TK), SHAPE.top_k)
+        received = group.dispatch(x_TH, torch.tensor(rank_TK), torch.tensor(local_TK), weight_TK)
+        assert received is not None
+        assert group.combine(received.x_NH(), received) is not None
+
+    layer([[0, 0, -1], [0, -1, -1]], [[4, 1, 9], [4, 0, 0]])
+    layer([[-1, -1, -1]], [[0, 0, 0]])
+    with pytest.raises(ValueError, match=r"local experts must be in 0\.\.4"):
+        layer([[0, 0, 0]], [[0, 5, 0]])
+    assert group.expert_load().tolist() == [[0, 1, 0, 0, 2], *[[0] * 5] * 3]
+    provider.close()
+    provider.unlink("heap")
 
 
 def test_the_sum_is_near_the_exact_one(heap_dir: Path) -> None:
