@@ -40,6 +40,7 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
     host: str
     endpoint: str  # address of its ROUTER socket
     heap: str  # descriptor by which peers map its heap
+    agent: str = ""  # name of the agent that can end it
 
 
 class Placement(msgspec.Struct, frozen=True, array_like=True):

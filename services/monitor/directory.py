@@ -20,7 +20,9 @@ class DirectoryKeeper:
         self._term = self._num_changes = 0
 
     def open_term(self, term: int) -> None:
-        self._term, self._num_changes = term, 0
+        """Versions start anew with a new term only: whoever has seen one of this term refuses all that are lower."""
+        if term != self._term:
+            self._term, self._num_changes = term, 0
 
     @property
     def message(self) -> Directory:

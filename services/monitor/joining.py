@@ -248,5 +248,6 @@ class Joining:
             assert slot is not None
             if record is not None:
                 hello = record.hello
-                members.append(Member(slot.rank, slot.incarnation, process, hello.host, hello.endpoint, slot.heap))
+                place = (hello.host, hello.endpoint, slot.heap, hello.agent)
+                members.append(Member(slot.rank, slot.incarnation, process, *place))
         return members

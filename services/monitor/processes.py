@@ -4,7 +4,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from common.ids import Epoch, Incarnation, ProcessId, Rank
-from common.messages import Heartbeat, Hello
+from common.messages import Heartbeat, Hello, Member
 from services.monitor.lifelines import Lifelines
 from services.monitor.ticks import TickClock
 
@@ -47,6 +47,7 @@ class ProcessTable:
         self.children: dict[ProcessId, Child] = {}
         self.gone: OrderedDict[ProcessId, str] = OrderedDict()  # known to be gone, and how that is known
         self.strangers: dict[ProcessId, tuple[Heartbeat, float]] = {}  # heartbeat, but no Hello yet; since when
+        self._agents_of_unheard: dict[ProcessId, str] = {}  # names, of members that a predecessor left
 
     def on_hello(self, hello: Hello, now: float) -> tuple[Process, str]:
         """The record, and what the Hello is: "new", "again" or, under a name that had another process, "restarted"."""
@@ -77,6 +78,10 @@ class ProcessTable:
         process.beat, process.heard_at = beat, now
         return process
 
+    def on_unheard(self, member: Member) -> None:
+        """A member of the group that a former monitor left. It never greeted this one; its view tells whose it was."""
+        self._agents_of_unheard[member.process] = member.agent
+
     def on_slot_left(self, process: ProcessId) -> None:
         """Its next heartbeat would say so, too."""
         if record := self._processes.get(process):
@@ -89,6 +94,7 @@ class ProcessTable:
             self.gone.popitem(last=False)
         self.children.pop(process, None)
         self.strangers.pop(process, None)
+        self._agents_of_unheard.pop(process, None)
         self._lifelines.forget(process)
         return self._processes.pop(process, None)
 
@@ -126,15 +132,17 @@ class ProcessTable:
         return not cut and self.silence_s(process, now) <= self._timeout_s
 
     def agent_of(self, process: ProcessId, now: float) -> tuple[ProcessId, int] | None:
-        """The live agent that can signal ``process``, and the pid it knows it by; None where nobody can."""
+        """The live agent that can signal ``process``, and the pid it knows it by; None where nobody can. Also a later
+        life of its agent: that one has found what its predecessor left running, so it knows who is gone."""
         record, child = self._processes.get(process), self.children.get(process)
+        name = record.hello.agent if record is not None else self._agents_of_unheard.get(process, "")
         for agent in reversed(self.of_kind("agent")):
             if not self.is_live(agent, now):
                 continue
             if child is not None and child.agent == agent.id:
                 return agent.id, child.pid
-            if record is not None and record.hello.agent == agent.hello.name:
-                return agent.id, record.hello.pid
+            if name and name == agent.hello.name:
+                return agent.id, record.hello.pid if record is not None else 0
         return None
 
     def lost_for_good(self, now: float) -> list[ProcessId]:

@@ -36,6 +36,7 @@ def recover(
             continue
         evidence = "not heard by the new monitor"
         if process is None and member.process not in table.gone:
+            table.on_unheard(member)
             slots.give(member.rank, member.process, member.incarnation, member.heap, now, SlotState.FENCING)
             fences.put_up(member.process, now)
         else:

@@ -91,7 +91,6 @@ class AgentNode(ClientNode):
         child = self._supervisor.by_process(node.process)
         if child is None:
             return
-        node.is_reaped = True
         now, reason = self.world.now, reason.partition(",")[0]
         for report in self._reports.on_exit(Exited(self.name, node.process, node.name, child.pid, reason), now):
             self.tell_monitor(report)

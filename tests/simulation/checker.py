@@ -190,11 +190,9 @@ class Checker:
         if core.phase is not Phase.ACTIVE or view is None or core.group.prepared or not core.group.is_adopted:
             return f"monitor {core.phase}, view {view and (view.epoch, ranks(view))}, prepared {core.group.prepared}"
         slots = [(slot.rank, slot.state.value, slot.process) for slot in core.slots.slots]
-        stuck = [slot for slot in core.slots.in_state(SlotState.FENCING) if not self._died_unseen(slot.process)]
-        if core.slots.in_state(SlotState.MASKED) or stuck:
+        if core.slots.in_state(SlotState.MASKED) or core.slots.in_state(SlotState.FENCING):
             return f"slots {slots}"
-        decode, num_lost = monitor.config.decode, len(core.slots.in_state(SlotState.FENCING))
-        if len(view.members) != min(decode.num_ranks, decode.max_ranks - num_lost):
+        if len(view.members) != monitor.config.decode.num_ranks:
             return f"view {view.epoch} has ranks {ranks(view)}; slots {slots}"
         for member in view.members:
             node = self._world.nodes[member.process]
@@ -206,12 +204,6 @@ class Checker:
             if isinstance(node, RouterNode) and (node.table is None or node.table.epoch != view.epoch):
                 return f"{node.process} is at {node.table and node.table.epoch}, not {view.epoch}"
         return ""
-
-    def _died_unseen(self, process: ProcessId) -> bool:
-        """While it had no agent: to a monitor that came later nobody can prove that it is dead. Its slot number stays
-        unused until the next monitor, which finds it in no view."""
-        node = self._world.nodes[process]
-        return not node.is_alive and not node.is_reaped
 
     def _leaks(self) -> str:
         for node in self._world.of_kind("decode"):

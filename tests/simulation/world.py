@@ -48,7 +48,6 @@ class Node:
         self.world, self.name = world, name
         self.process = process or make_process_id(name, world.random.getrandbits(64))
         self.is_alive, self.stopped_until = True, 0.0
-        self.is_reaped = False  # its agent knows that it is dead
         self.excuse = ""  # why this process may be put out of the group
         world.nodes[self.process] = self
 

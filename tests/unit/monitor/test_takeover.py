@@ -1,7 +1,7 @@
 """A monitor starts beside a group that lives: it learns, and changes nothing before it is sure."""
 
 from common.ids import NO_RANK, ProcessId
-from common.messages import Exited, Signal, Welcome
+from common.messages import Directory, Exited, Signal, SignalDone, Welcome
 from services.monitor.slots import SlotState
 from services.monitor.takeover import Phase
 from tests.unit.monitor.driver import CONFIG, NUM_EXPERTS, Driver, Puppet
@@ -167,3 +167,34 @@ def test_another_model_in_the_running_group_is_refused() -> None:
     _greet_new_term(driver, list(driver.puppets.values()))
     driver.advance(1.0)
     assert "another model" in driver.exits[0]
+
+
+def test_who_died_while_monitor_and_agent_were_away_frees_its_slot() -> None:
+    """Seed 2460 of the simulation: all three fell together, so that no agent ever reported the rank's end."""
+    driver = Driver()
+    puppets = driver.form()
+    old_agent = driver.puppets.pop(ProcessId("agent-0-a"))
+    dead = driver.puppets.pop(puppets[2].process)
+    _restart(driver)
+    agent = driver.enter("agent", old_agent.name, "agent-0-b")
+    _greet_new_term(driver, [*puppets[:2], agent])
+    driver.advance(CONFIG.monitor.heartbeat_timeout_s)
+    signal = agent.got(Signal)[-1]
+    assert (signal.process, signal.signal) == (dead.process, "KILL")
+    assert [slot.rank for slot in driver.monitor.slots.in_state(SlotState.FENCING)] == [2]
+    driver.say(agent, SignalDone(signal.id, signal.process, True, "no such process"))
+    assert driver.monitor.slots.in_state(SlotState.FENCING) == []
+
+
+def test_versions_of_the_directory_never_fall_within_a_term() -> None:
+    """Seed 947 of the simulation: who had seen a list of the gathering monitor refused all later ones."""
+    driver = Driver()
+    puppets = driver.form()
+    watcher = driver.enter("router", "router-0")
+    _restart(driver)
+    _greet_new_term(driver, [*puppets, watcher, driver.puppets[ProcessId("agent-0-a")]])
+    driver.advance(1.0)
+    driver.enter("prefill", "prefill-0")
+    driver.advance(0.2)
+    seen = [(d.term, d.version) for d in watcher.got(Directory)]
+    assert len(seen) > 3 and seen == sorted(set(seen))
