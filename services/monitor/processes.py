@@ -66,7 +66,7 @@ class ProcessTable:
         if hello.view is not None and hello.view.epoch >= process.beat.epoch:
             process.beat = Heartbeat(hello.process, hello.rank, hello.incarnation, epoch=hello.view.epoch)
         if hello.kind == "agent":
-            self._adopt_children(hello)
+            self._adopt_children(process)
         return process, kind
 
     def on_heartbeat(self, beat: Heartbeat, now: float) -> Process | None:
@@ -102,12 +102,14 @@ class ProcessTable:
     def _names_gone(self) -> set[str]:
         return {process.rpartition("-")[0] for process in self.gone}
 
-    def _adopt_children(self, agent: Hello) -> None:
-        """The list is whole: whom this agent no longer lists, it has no more."""
-        self.children = {key: child for key, child in self.children.items() if child.agent != agent.process}
-        for process, name, pid in agent.children:
+    def _adopt_children(self, agent: Process) -> None:
+        """The list is whole: whom this agent no longer lists, it has no more, and neither has a former life of it."""
+        lives = [p for p in self.of_kind("agent") if p.hello.name == agent.hello.name]
+        others = self._processes.keys() - {life.id for life in lives if life.order <= agent.order}
+        self.children = {key: child for key, child in self.children.items() if child.agent in others}
+        for process, name, pid in agent.hello.children:
             if process not in self.gone:
-                self.children[process] = Child(agent.process, name, pid)
+                self.children[process] = Child(agent.id, name, pid)
 
     def get(self, process: ProcessId) -> Process | None:
         return self._processes.get(process)

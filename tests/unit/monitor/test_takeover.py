@@ -198,3 +198,23 @@ def test_versions_of_the_directory_never_fall_within_a_term() -> None:
     driver.advance(0.2)
     seen = [(d.term, d.version) for d in watcher.got(Directory)]
     assert len(seen) > 3 and seen == sorted(set(seen))
+
+
+def test_a_masked_rank_that_died_while_its_agent_was_away_does_not_stay_masked() -> None:
+    """Seed 5627 of the simulation: the dead agent's list of its children kept the slot from being given up."""
+    driver = Driver()
+    puppets = driver.form()
+    old_agent = driver.puppets[ProcessId("agent-0-a")]
+    driver.hello(old_agent, children=tuple(puppets))
+    assert driver.fault("m", "mask", rank=1) == "accepted"
+    for gone in (old_agent, driver.puppets.pop(puppets[1].process)):
+        gone.is_beating = False
+        driver.close_lifeline(gone, [old_agent.process, *(p.process for p in puppets)].index(gone.process) + 1)
+    driver.advance(0.2)
+    agent = driver.enter("agent", old_agent.name, "agent-0-b")
+    driver.hello(agent, children=(puppets[0], puppets[2]))
+    driver.advance(CONFIG.monitor.heartbeat_timeout_s + 0.5)
+    assert driver.monitor.slots.in_state(SlotState.MASKED) == []
+    driver.enter("decode", "decode-7")
+    driver.advance(0.5)
+    assert driver.ranks == [0, 1, 2]
