@@ -40,7 +40,8 @@ class PrefillConfig(_Section, frozen=True):
 
     num_workers: int = 1
     chunk_tokens: int = 256
-    num_kv_blocks: int = 1024
+    num_kv_blocks: int = 1024  # for the prompts that are computed now; the prefix cache has its own
+    prefix_cache_bytes: int = 128 << 20  # KV of earlier prompts, for those that begin alike; 0 = off
 
 
 class DecodeConfig(_Section, frozen=True):
@@ -101,6 +102,9 @@ class ClusterConfig(_Section, frozen=True):
     agent: AgentConfig = AgentConfig()
 
 
+_LEAST = {"num_redundant_experts": -1, "rebalance_difference": 0, "prefix_cache_bytes": 0}  # others: 1
+
+
 def load_config(path: Path | None) -> ClusterConfig:
     """Reads and validates ``path`` (None = defaults). Raises ValueError with one line that names file and key."""
     if path is None:
@@ -136,5 +140,5 @@ def validate(config: ClusterConfig) -> None:
             if isinstance(value, float) and not value > 0:  # nan too
                 raise ValueError(f"{key} must be positive, got {value}")
             is_number = isinstance(value, int) and not isinstance(value, bool)
-            if is_number and value < 1 and key not in ("num_redundant_experts", "rebalance_difference"):
-                raise ValueError(f"{key} must be at least 1, got {value}")
+            if is_number and value < (least := _LEAST.get(key, 1)):
+                raise ValueError(f"{key} must be at least {least}, got {value}")

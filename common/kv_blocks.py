@@ -1,10 +1,10 @@
 """Who owns which KV block. Pure: ids only, the memory lies elsewhere.
 
-A block is free or belongs to exactly one owner; an owner gets all its blocks at once and gives them back at once, so
-nothing can be freed twice or kept in part. Freeing an owner without blocks is no error: aborts may come twice.
+A block is free or belongs to exactly one owner, whose table lists its blocks in the order of the positions in them.
+Freeing an owner without blocks is no error: aborts may come twice.
 """
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from typing import Generic, TypeVar
 
 Owner = TypeVar("Owner", bound=Hashable)
@@ -34,19 +34,44 @@ class BlockAllocator(Generic[Owner]):
         """Blocks for ``num_positions`` positions, in order; None, and nothing changed, when there are too few."""
         if owner in self._tables:
             raise ValueError(f"{owner} owns blocks already")
-        wanted = self.blocks_for(num_positions)
+        self._tables[owner] = ()
+        if self.grow(owner, num_positions):
+            return self._tables[owner]
+        del self._tables[owner]
+        return None
+
+    def grow(self, owner: Owner, num_positions: int) -> bool:
+        """Adds blocks to those of ``owner`` until they hold that many positions; False, and nothing changed, when there
+        are too few."""
+        table = self._tables[owner]
+        wanted = max(0, self.blocks_for(num_positions) - len(table))
         if wanted > len(self._free):
-            return None
-        table = tuple(self._free.pop() for _ in range(wanted))
-        self._tables[owner] = table
-        return table
+            return False
+        self._tables[owner] = table + tuple(self._free.pop() for _ in range(wanted))
+        return True
 
     def free(self, owner: Owner) -> None:
         self._free += reversed(self._tables.pop(owner, ()))
 
+    def free_some(self, owner: Owner, blocks: Collection[int]) -> None:
+        """Only these of its blocks."""
+        self._free += self._take_away(owner, blocks)
+
+    def give(self, owner: Owner, blocks: Collection[int], to: Owner) -> None:
+        """These blocks of ``owner`` belong to another from now on, behind those that it has."""
+        self._tables[to] = self._tables.get(to, ()) + tuple(self._take_away(owner, blocks))
+
     def table(self, owner: Owner) -> tuple[int, ...]:
         """Blocks of ``owner``; KeyError if it has none."""
         return self._tables[owner]
+
+    def _take_away(self, owner: Owner, blocks: Collection[int]) -> list[int]:
+        table = self._tables[owner]
+        taken = [block for block in table if block in blocks]
+        if len(taken) != len(blocks):
+            raise ValueError(f"not all of {sorted(blocks)} belong to {owner}")
+        self._tables[owner] = tuple(block for block in table if block not in blocks)
+        return taken
 
     def check_invariants(self) -> None:
         """Every block is free or owned, and only once."""

@@ -16,7 +16,7 @@ from common.config import PrefillConfig
 from common.messages import TopLogprobs
 from common.model.checkpoint import Checkpoint
 from common.model.experts import LocalExperts
-from common.model.kv_cache import kv_cache_shape, read_kv
+from common.model.kv_cache import kv_block_bytes, kv_cache_shape, read_kv
 from common.model.model import Batch, Model
 from common.model.token_choice import TokenChoice, choose, token_logprobs
 from services.prefill.prefill_queue import Attempt, Chunk, PrefillLimits
@@ -36,9 +36,11 @@ class PrefillEngine:
 
     def __init__(self, path: Path | str, config: PrefillConfig, block_size: int) -> None:
         checkpoint = Checkpoint.open(path)
-        cache_LBPC = torch.zeros(kv_cache_shape(checkpoint.config, config.num_kv_blocks, block_size))
+        model, block_bytes = checkpoint.config, kv_block_bytes(checkpoint.config, block_size)
+        num_blocks = config.num_kv_blocks + config.prefix_cache_bytes // block_bytes
+        cache_LBPC = torch.zeros(kv_cache_shape(model, num_blocks, block_size))
         self._model = Model(checkpoint, LocalExperts(checkpoint), cache_LBPC)
-        self.limits = PrefillLimits(checkpoint.config.vocab_size, checkpoint.config.max_position_embeddings)
+        self.limits = PrefillLimits(model.vocab_size, model.max_position_embeddings, block_bytes)
 
     def compute(self, chunks: Sequence[Chunk]) -> dict[Attempt, Prefilled]:
         """Writes the KV of all chunks; results for those that are the last of their request."""

@@ -1,10 +1,15 @@
-"""Which prompt tokens are computed next: chunks of many requests in one batch, in order of arrival. Pure.
+"""Which prompt tokens are computed next: chunks of many requests in one batch. Pure.
 
-    on_prefill --> WAITING --blocks--> RUNNING --last chunk computed--> done
+    on_prefill --> WAITING --blocks, in order of arrival--> RUNNING --last chunk computed--> done
                      either --abort, higher attempt--> gone
 
-A batch holds at most ``chunk_tokens`` tokens. While others run, one request gets at most half of them, so a short
-prompt behind a long one waits for a few batches and not for all of them; what nobody else wants it gets all the same.
+A batch holds at most ``chunk_tokens`` tokens. Whoever has least left comes first, so a short prompt waits for the batch
+that runs and not for the long ones before it; a request that a batch has left out counts as one whole batch shorter,
+so that a long one waits for at most as many batches as it has itself.
+
+What the prefix cache knows of a prompt is not computed: the request reads those blocks and owns only the others. When
+it is done the cache takes over what is new. Cache and requests have blocks of their own, ``num_kv_blocks`` always
+remaining for requests.
 
 Events may come while a batch is computed: blocks that an abort frees are given out only by the next `next_batch`, so
 nobody writes where a running batch still does, and its chunks of requests that are gone are ignored.
@@ -12,6 +17,7 @@ nobody writes where a running batch still does, and its chunks of requests that 
 
 from dataclasses import dataclass, field
 
+from common.config import PrefillConfig
 from common.ids import RequestId
 from common.kv_blocks import BlockAllocator
 from common.messages import (
@@ -26,10 +32,12 @@ from common.messages import (
     Unknown,
 )
 from common.sampling_bounds import sampling_fault
+from services.prefill.prefix_cache import PrefixCache
 
 MAX_DONE = 1024  # attempts remembered after their end, so that a lost PrefillDone can be said again
 
 Attempt = tuple[RequestId, int]
+PREFIXES: Attempt = (RequestId(""), 0)  # owns the blocks of the prefix cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +46,7 @@ class PrefillLimits:
 
     vocab_size: int
     max_positions: int
+    kv_block_bytes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +66,7 @@ class Chunk:
     @property
     def judges_prompt(self) -> bool:
         """Log-probabilities of the prompt are wanted, and the client has not got them with output 0."""
-        return self.prefill.sampling.prompt_logprobs and not self.prefill.outputs
+        return _judges_prompt(self.prefill)
 
     @property
     def attempt(self) -> Attempt:
@@ -70,6 +79,8 @@ class _Work:
     tokens: tuple[int, ...]
     num_computed: int = 0
     runs: bool = False
+    num_left_out: int = 0  # of batches since it runs
+    cached_blocks: tuple[int, ...] = ()
     prompt_logprobs: list[tuple[float, TopLogprobs]] = field(default_factory=list)
 
     @property
@@ -78,12 +89,27 @@ class _Work:
 
 
 class PrefillQueue:
-    def __init__(self, blocks: BlockAllocator[Attempt], chunk_tokens: int, limits: PrefillLimits) -> None:
+    """``blocks`` has as many blocks as ``prefixes`` may take and more: those are for requests."""
+
+    def __init__(
+        self,
+        blocks: BlockAllocator[Attempt],
+        chunk_tokens: int,
+        limits: PrefillLimits,
+        prefixes: PrefixCache[Attempt] | None = None,
+    ) -> None:
         self.blocks = blocks
+        self.prefixes: PrefixCache[Attempt] = prefixes or PrefixCache(0, 1, blocks.block_size)
         self._chunk_tokens, self._limits = chunk_tokens, limits
         self._work: dict[Attempt, _Work] = {}  # in order of arrival
         self._done: dict[Attempt, None] = {}
         self.num_tokens_computed = 0
+
+    @classmethod
+    def of(cls, config: PrefillConfig, block_size: int, limits: PrefillLimits) -> "PrefillQueue":
+        prefixes: PrefixCache[Attempt] = PrefixCache(config.prefix_cache_bytes, limits.kv_block_bytes, block_size)
+        blocks: BlockAllocator[Attempt] = BlockAllocator(config.num_kv_blocks + prefixes.max_blocks, block_size)
+        return cls(blocks, config.chunk_tokens, limits, prefixes)
 
     @property
     def num_running(self) -> int:
@@ -106,7 +132,7 @@ class PrefillQueue:
             return Refused(*attempt, f"prompt is empty or has ids outside 0..{self._limits.vocab_size - 1}")
         if len(tokens) > self._limits.max_positions:
             return Refused(*attempt, f"{len(tokens)} tokens, the model has {self._limits.max_positions} positions")
-        if self.blocks.blocks_for(len(tokens)) > self.blocks.num_blocks:
+        if self.blocks.blocks_for(len(tokens)) > self.blocks.num_blocks - self.prefixes.max_blocks:
             return Refused(*attempt, f"{len(tokens)} tokens, the KV cache of this worker is smaller")
         if fault := sampling_fault(prefill.sampling, self._limits.vocab_size):
             return Refused(*attempt, fault)
@@ -131,18 +157,13 @@ class PrefillQueue:
 
     def next_batch(self) -> list[Chunk]:
         """The chunks to compute now; empty when there is no work. Each batch is followed by `on_computed`."""
-        for attempt, work in self._work.items():
-            if not work.runs and self.blocks.allocate(attempt, len(work.tokens)) is None:
-                break
-            work.runs = True
+        self._start_waiting()
         running = [work for work in self._work.values() if work.runs]
-        budget = self._chunk_tokens
-        shares = [0] * len(running)
-        for most in (max(1, budget // 2), budget):
-            for index, work in enumerate(running):
-                more = min(work.num_left, most, shares[index] + budget) - shares[index]
-                shares[index] += max(more, 0)
-                budget -= max(more, 0)
+        budget, shares = self._chunk_tokens, [0] * len(running)
+        for index in sorted(range(len(running)), key=lambda index: self._turn(running[index])):
+            shares[index] = min(running[index].num_left, budget)
+            budget -= shares[index]
+            running[index].num_left_out += not shares[index]
         return [self._chunk(work, share) for work, share in zip(running, shares, strict=True) if share]
 
     def on_computed(self, batch: list[Chunk]) -> list[Chunk]:
@@ -156,6 +177,7 @@ class PrefillQueue:
                 continue
             work.num_computed += len(chunk.tokens)
             if chunk.is_last:
+                self._keep_prefix(chunk.attempt, work)
                 self._remove(chunk.attempt)
                 self._done[chunk.attempt] = None
                 finished.append(chunk)
@@ -165,11 +187,33 @@ class PrefillQueue:
 
     def check_invariants(self) -> None:
         self.blocks.check_invariants()
+        self.prefixes.check_invariants()
         owned = sum(len(self.blocks.table(attempt)) for attempt, work in self._work.items() if work.runs)
-        assert owned == self.blocks.num_used, "blocks belong to a request that does not run"
+        assert owned + self.prefixes.num_blocks == self.blocks.num_used, "blocks belong to a request that does not run"
         assert all(0 <= work.num_computed < len(work.tokens) for work in self._work.values())
         requests = [request for request, _ in self._work]
         assert len(requests) == len(set(requests)), "two attempts of one request"
+
+    def _start_waiting(self) -> None:
+        for attempt, work in self._work.items():
+            if work.runs:
+                continue
+            cached = () if _judges_prompt(work.prefill) else self.prefixes.acquire(attempt, work.tokens)
+            num_cached = len(cached) * self.blocks.block_size
+            if self.blocks.allocate(attempt, len(work.tokens) - num_cached) is None:
+                self.prefixes.release(attempt)
+                return
+            work.runs, work.num_computed, work.cached_blocks = True, num_cached, cached
+            self.prefixes.count(num_cached)
+
+    def _turn(self, work: _Work) -> int:
+        """Lowest first."""
+        return work.num_left - work.num_left_out * self._chunk_tokens
+
+    def _keep_prefix(self, attempt: Attempt, work: _Work) -> None:
+        insertion = self.prefixes.insert(work.tokens, work.cached_blocks + self.blocks.table(attempt))
+        self.blocks.give(attempt, insertion.taken, PREFIXES)
+        self.blocks.free_some(PREFIXES, insertion.evicted)
 
     def _chunk(self, work: _Work, num_tokens: int) -> Chunk:
         prefill = work.prefill
@@ -179,7 +223,7 @@ class PrefillQueue:
             work.num_computed,
             work.tokens[work.num_computed : stop],
             stop == len(work.tokens),
-            self.blocks.table((prefill.request, prefill.attempt)),
+            work.cached_blocks + self.blocks.table((prefill.request, prefill.attempt)),
             work.prompt_logprobs,
         )
 
@@ -190,3 +234,8 @@ class PrefillQueue:
     def _remove(self, attempt: Attempt) -> None:
         del self._work[attempt]
         self.blocks.free(attempt)
+        self.prefixes.release(attempt)
+
+
+def _judges_prompt(prefill: Prefill) -> bool:
+    return prefill.sampling.prompt_logprobs and not prefill.outputs

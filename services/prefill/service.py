@@ -14,7 +14,6 @@ import zmq.asyncio
 from common.bus import BusSubscriber
 from common.config import ClusterConfig
 from common.ids import Epoch, make_process_id
-from common.kv_blocks import BlockAllocator
 from common.messages import (
     Abort,
     AskPrefill,
@@ -32,7 +31,7 @@ from common.process_args import ProcessArgs
 from common.transport import Endpoint, Link
 from services.prefill.decode_links import DecodeLinks
 from services.prefill.prefill_engine import Prefilled, PrefillEngine
-from services.prefill.prefill_queue import Attempt, Chunk, PrefillQueue
+from services.prefill.prefill_queue import Chunk, PrefillQueue
 
 log = logging.getLogger("regrow.prefill")
 
@@ -82,8 +81,7 @@ class PrefillService:
         engine = await loop.run_in_executor(
             executor, PrefillEngine, config.model.path, config.prefill, config.decode.block_size
         )
-        blocks: BlockAllocator[Attempt] = BlockAllocator(config.prefill.num_kv_blocks, config.decode.block_size)
-        self._queue = PrefillQueue(blocks, config.prefill.chunk_tokens, engine.limits)
+        self._queue = PrefillQueue.of(config.prefill, config.decode.block_size, engine.limits)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._receive_from_peers(self._queue))
             while True:
@@ -174,6 +172,9 @@ class PrefillService:
                 "kv_blocks_used": queue.blocks.num_used,
                 "kv_blocks": queue.blocks.num_blocks,
                 "prompt_tokens_computed": queue.num_tokens_computed,
+                "prefix_hits": queue.prefixes.num_hits,
+                "prefix_tokens_saved": queue.prefixes.num_tokens_saved,
+                "prefix_bytes": queue.prefixes.num_bytes,
             }
         return Heartbeat(
             process=self._process,

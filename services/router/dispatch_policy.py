@@ -51,9 +51,16 @@ def choose_rank(ranks: Collection[RankLoad], num_blocks: int, avoid: Set[Process
     return min(ranks, key=order, default=None)
 
 
-def choose_prefill(num_pending_tokens: Mapping[ProcessId, int], avoid: Set[ProcessId]) -> ProcessId | None:
-    """The prefill worker with the fewest tokens still to compute."""
-    return min(num_pending_tokens, key=lambda w: (w in avoid, num_pending_tokens[w], w), default=None)
+def choose_prefill(
+    num_pending_tokens: Mapping[ProcessId, int], num_known_tokens: Mapping[ProcessId, int], avoid: Set[ProcessId]
+) -> ProcessId | None:
+    """The prefill worker that is done with this prompt first: with the fewest tokens still to compute, those of the
+    prompt included that it has not in its cache already."""
+
+    def order(worker: ProcessId) -> tuple[bool, int, ProcessId]:
+        return worker in avoid, num_pending_tokens[worker] - num_known_tokens.get(worker, 0), worker
+
+    return min(num_pending_tokens, key=order, default=None)
 
 
 def plan_moves(

@@ -27,6 +27,7 @@ from common.messages import (
     View,
 )
 from services.router.dispatch_policy import RankLoad, choose_prefill, choose_rank, plan_moves
+from services.router.prefix_homes import PrefixHomes
 from services.router.request_actions import Action, Send
 from services.router.request_lifecycle import Place, RequestLifecycle, State
 
@@ -41,6 +42,7 @@ class RequestTable:
         self._directory: Directory | None = None
         self._ranks: dict[Rank, RankLoad] = {}
         self._prefill: tuple[ProcessId, ...] = ()
+        self._prefix_homes = PrefixHomes(config.decode.block_size)
         self._filling: set[Rank] = set()  # new ranks that running requests still move to
         self._moving: set[RequestId] = set()  # moved there and not yet decoding again
         self._num_stale_tokens = 0  # of requests that have left the table, or known to none
@@ -246,14 +248,21 @@ class RequestTable:
     def _place(
         self, request: RequestLifecycle, rank: RankLoad, pending: dict[ProcessId, int], now: float
     ) -> list[Action]:
-        prefill = choose_prefill(pending, request.avoid)
-        assert prefill is not None, "there are prefill workers"
+        prefill = self._choose_prefill(request, pending)
         rank.num_in_flight += 1
         rank.num_reserved_blocks += self._num_blocks(request)
         pending[prefill] += request.num_context_tokens
         member = rank.member
         place = Place(member.rank, member.incarnation, member.process, member.endpoint, prefill)
         return request.on_place(place, now)
+
+    def _choose_prefill(self, request: RequestLifecycle, pending: dict[ProcessId, int]) -> ProcessId:
+        tokens = (*request.prompt, *request.outputs)
+        known = self._prefix_homes.num_known_tokens(tokens) if len(pending) > 1 else {}
+        prefill = choose_prefill(pending, known, request.avoid)
+        assert prefill is not None, "there are prefill workers"
+        self._prefix_homes.on_sent(prefill, tokens)
+        return prefill
 
     def _placed(self) -> Iterable[tuple[RequestLifecycle, Place]]:
         return ((r, r.place) for r in self._requests.values() if r.place is not None)

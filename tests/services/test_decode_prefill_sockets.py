@@ -186,16 +186,29 @@ async def test_a_request_through_prefill_and_decode(tmp_path: Path) -> None:
         assert made.finish == "length"
         assert PrefillDone(name, 1) in made.answers
 
-        decode.send(Release(name, 1))
+        # Placed again in the middle, it finds its own prompt in the worker's prefix cache.
+        known = tuple(outputs[index][0] for index in range(7))
+        made.tokens.clear()
+        decode.send(Announce(name, 2, ROUTER, member.incarnation, request.prompt, known, sampling))
+        prefill.send(
+            Prefill(name, 2, ROUTER, request.prompt, known, sampling, member.rank, member.incarnation, member.endpoint)
+        )
+        await until(lambda: len(made.tokens) == request.max_tokens - len(known))
+        assert tuple(made.tokens[index] for index in range(len(known), request.max_tokens)) == outputs[len(known) :]
+        await until(lambda: made.beats[worker.process].counters["prefix_hits"] == 1)
+        assert made.beats[worker.process].counters["prefix_tokens_saved"] == 16
+
+        decode.send(Release(name, 2))
         decode.send(Have(name, 1, 3))
         prefill.send(AskPrefill(RequestId("other"), 1))
         await until(lambda: made.answers.count(Unknown(name, 1)) == 1)
         await until(lambda: Unknown(RequestId("other"), 1) in made.answers)
         beat = made.beats[member.process]
         assert beat.state == "serving" and beat.rank == 1
-        await until(lambda: made.beats[member.process].counters["tokens_committed"] == request.max_tokens)
+        num_committed = 2 * request.max_tokens - len(known)
+        await until(lambda: made.beats[member.process].counters["tokens_committed"] == num_committed)
         assert made.beats[member.process].counters["prompt_tokens_computed"] == 0
-        assert made.beats[worker.process].counters["prompt_tokens_computed"] == len(request.prompt)
+        assert made.beats[worker.process].counters["prompt_tokens_computed"] == 30 + (30 + 7 - 16)
 
         decode.send(Abort(name, 2))  # unknown: no harm
         assert not any(task.done() for task in services)

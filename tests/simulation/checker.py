@@ -211,6 +211,7 @@ class Checker:
             if scheduler and (scheduler.num_running or scheduler.num_waiting or scheduler.blocks.num_used):
                 return f"{node.process} still has {scheduler.num_running} running, {scheduler.num_waiting} waiting"
         for node in self._world.of_kind("prefill"):
-            if isinstance(node, PrefillNode) and node.queue and node.queue.blocks.num_used:
-                return f"{node.process} still has {node.queue.num_running} running"
+            assert isinstance(node, PrefillNode)
+            if (queue := node.queue) and queue.blocks.num_used > queue.prefixes.num_blocks:
+                return f"{node.process} still has {queue.num_running} running"
         return ""

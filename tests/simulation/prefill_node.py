@@ -5,7 +5,6 @@ from typing import cast
 
 from common.config import ClusterConfig
 from common.ids import Epoch, ProcessId
-from common.kv_blocks import BlockAllocator
 from common.messages import (
     Abort,
     AskPrefill,
@@ -63,8 +62,7 @@ class PrefillNode(ClientNode):
 
     def _load(self, config: ClusterConfig) -> None:
         self._engine = PrefillEngine("", config.prefill, config.decode.block_size)
-        blocks: BlockAllocator[Attempt] = BlockAllocator(config.prefill.num_kv_blocks, config.decode.block_size)
-        self.queue = PrefillQueue(blocks, config.prefill.chunk_tokens, self._engine.limits)
+        self.queue = PrefillQueue.of(config.prefill, config.decode.block_size, self._engine.limits)
         for peer, message in self._early:
             self._on_word(peer, message)
 

@@ -137,7 +137,7 @@ def _config(random: Random) -> ClusterConfig:
     )
     monitor = MonitorConfig(formation_s=4.0, prepare_timeout_s=20.0)
     agent = AgentConfig(give_up_after=1000)
-    prefill = PrefillConfig(num_workers=2, chunk_tokens=random.choice((4, 16)), num_kv_blocks=40)
+    prefill = PrefillConfig(2, random.choice((4, 16)), num_kv_blocks=40, prefix_cache_bytes=16 * 12)
     config = ClusterConfig(decode=decode, monitor=monitor, agent=agent, prefill=prefill)
     return replace(config, router=RouterConfig(rebalance_difference=random.choice((1, 2))))
 

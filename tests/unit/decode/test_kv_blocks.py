@@ -24,6 +24,22 @@ def test_one_owner_allocates_once() -> None:
         blocks.allocate("a", 1)
 
 
+def test_an_owner_grows_and_gives_away() -> None:
+    blocks: BlockAllocator[str] = BlockAllocator(4, 16)
+    blocks.allocate("a", 1)
+    assert blocks.grow("a", 16) and blocks.table("a") == (0,)
+    assert blocks.grow("a", 48) and blocks.table("a") == (0, 1, 2)
+    assert not blocks.grow("a", 65) and blocks.table("a") == (0, 1, 2)
+    blocks.give("a", {1, 2}, "b")
+    blocks.give("a", {0}, "b")
+    assert blocks.table("b") == (1, 2, 0)
+    with pytest.raises(ValueError, match="belong to b"):
+        blocks.free_some("b", {3})
+    blocks.free_some("b", {2})
+    blocks.check_invariants()
+    assert (blocks.table("a"), blocks.table("b"), blocks.num_free) == ((), (1, 0), 2)
+
+
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 70)), max_size=60))
 def test_blocks_are_free_or_owned_once(operations: list[tuple[str, int]]) -> None:
     blocks: BlockAllocator[str] = BlockAllocator(8, 10)

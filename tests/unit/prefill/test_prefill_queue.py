@@ -4,8 +4,8 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.config import PrefillConfig
 from common.ids import Incarnation, ProcessId, Rank, RequestId
-from common.kv_blocks import BlockAllocator
 from common.messages import Abort, AskPrefill, Prefill, PrefillDone, PrefillQueued, Refused, Sampling, Unknown
 from services.prefill.decode_links import UNUSED_S, DecodeLinks
 from services.prefill.prefill_queue import Attempt, Chunk, PrefillLimits, PrefillQueue
@@ -13,9 +13,9 @@ from services.prefill.prefill_queue import Attempt, Chunk, PrefillLimits, Prefil
 CHUNK = 8
 
 
-def make(num_blocks: int = 20) -> PrefillQueue:
-    blocks: BlockAllocator[Attempt] = BlockAllocator(num_blocks, 4)
-    return PrefillQueue(blocks, CHUNK, PrefillLimits(vocab_size=100, max_positions=50))
+def make(num_blocks: int = 20, cached_blocks: int = 0) -> PrefillQueue:
+    config = PrefillConfig(1, CHUNK, num_blocks, prefix_cache_bytes=cached_blocks)
+    return PrefillQueue.of(config, 4, PrefillLimits(vocab_size=100, max_positions=50, kv_block_bytes=1))
 
 
 def prefill(name: str, num_tokens: int, attempt: int = 1, num_outputs: int = 0) -> Prefill:
@@ -74,6 +74,75 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     queue.on_prefill(prefill("long", 30))
     queue.on_prefill(prefill("short", 3))
     assert shape(queue.next_batch()) == [("long", 0, 5, False), ("short", 0, 3, True)]
+
+
+def test_short_prompts_do_not_wait_for_many_long_ones() -> None:
+    queue = make(num_blocks=100)
+    for name in "xyz":
+        queue.on_prefill(prefill(name, 40))
+    compute(queue)
+    queue.on_prefill(prefill("short", 3))
+    assert compute(queue) == ["short"]
+
+
+def test_a_long_prompt_waits_for_as_many_batches_as_it_needs_itself() -> None:
+    """However many short ones come after it: 24 tokens are three batches, and then it has the next one."""
+    queue = make(num_blocks=100)
+    queue.on_prefill(prefill("long", 24))
+    done: list[str] = []
+    for number in range(12):
+        queue.on_prefill(prefill(f"short-{number}", CHUNK))
+        done += compute(queue)
+    assert done.index("long") <= 6
+    assert len(done) == 9 + 1, "no batch was left empty"
+
+
+def test_what_a_prompt_shares_with_an_earlier_one_is_not_computed() -> None:
+    queue = make(num_blocks=6, cached_blocks=4)
+    queue.on_prefill(prefill("a", 11))
+    assert compute(queue) == [] and compute(queue) == ["a"]
+    assert queue.prefixes.num_bytes == 2, "whole blocks only"
+    queue.on_prefill(prefill("again", 11, attempt=2, num_outputs=3))
+    (chunk,) = queue.next_batch()
+    assert (chunk.start, chunk.tokens, chunk.is_last) == (8, (9, 10, 11, 50, 51, 52), True)
+    assert len(set(chunk.block_table)) == 4
+    queue.on_computed([chunk])
+    assert (queue.prefixes.num_hits, queue.prefixes.num_tokens_saved, queue.prefixes.num_bytes) == (1, 8, 3)
+    queue.check_invariants()
+
+
+def test_the_last_token_is_always_computed() -> None:
+    queue = make(cached_blocks=4)
+    queue.on_prefill(prefill("a", 8))
+    compute(queue)
+    queue.on_prefill(prefill("a", 8, attempt=2))
+    assert shape(queue.next_batch()) == [("a", 4, 4, True)]
+
+
+def test_a_prompt_that_is_judged_is_computed_whole() -> None:
+    queue = make(cached_blocks=4)
+    plain = prefill("a", 8)
+    judged = msgspec.structs.replace(
+        prefill("b", 8), sampling=msgspec.structs.replace(plain.sampling, prompt_logprobs=True)
+    )
+    for request, start in ((plain, 0), (judged, 0), (prefill("c", 8), 4)):
+        queue.on_prefill(request)
+        batch = queue.next_batch()
+        assert [chunk.start for chunk in batch] == [start]
+        queue.on_computed(batch)
+    again = msgspec.structs.replace(judged, attempt=2, outputs=(60,))  # the client has what the prompt was judged for
+    queue.on_prefill(again)
+    assert [chunk.start for chunk in queue.next_batch()] == [8]
+
+
+def test_the_cache_leaves_requests_their_own_blocks() -> None:
+    """A request as large as the worker allows runs, however full the cache is."""
+    queue = make(num_blocks=5, cached_blocks=3)
+    for name in ("a", "b"):
+        queue.on_prefill(prefill(name, 20, attempt=len(name)))
+        while not compute(queue):
+            queue.check_invariants()
+    assert isinstance(queue.on_prefill(prefill("c", 21)), Refused)
 
 
 def test_requests_wait_for_blocks_in_order() -> None:
@@ -140,14 +209,14 @@ operations = st.tuples(st.sampled_from(["prefill", "abort", "batch"]), st.sample
 @given(st.lists(operations, max_size=40))
 def test_every_prefill_ends_once_and_no_block_is_lost(history: list[tuple[str, str, int]]) -> None:
     """An abort comes between the start and the end of a batch, the worst moment."""
-    queue = make(num_blocks=10)
+    queue = make(num_blocks=10, cached_blocks=3)
     attempts: dict[str, int] = {}
     wanted: set[Attempt] = set()
     done: list[Attempt] = []
     for kind, name, number in history + [("batch", "a", 0)] * 40:
         batch = queue.next_batch()
         assert sum(len(chunk.tokens) for chunk in batch) <= CHUNK
-        used = [block for chunk in batch for block in chunk.block_table]
+        used = [block for chunk in batch for block in chunk.block_table[chunk.start // 4 :]]
         assert len(used) == len(set(used)), "a block is written by two requests"
         if kind == "prefill":
             attempts[name] = attempts.get(name, 0) + 1
@@ -160,4 +229,4 @@ def test_every_prefill_ends_once_and_no_block_is_lost(history: list[tuple[str, s
         done += [chunk.attempt for chunk in queue.on_computed(batch)]
         queue.check_invariants()
     assert sorted(done) == sorted(wanted)
-    assert queue.blocks.num_used == 0
+    assert queue.blocks.num_used == queue.prefixes.num_blocks <= 3

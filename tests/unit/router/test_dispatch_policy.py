@@ -13,7 +13,7 @@ def _rank(rank: int, **values: float) -> RankLoad:
 
 def test_nobody_is_chosen_from_nobody() -> None:
     assert choose_rank([], 1, set(), 0.0) is None
-    assert choose_prefill({}, set()) is None
+    assert choose_prefill({}, {}, set()) is None
 
 
 def test_the_less_loaded_then_the_emptier_then_the_lower_rank() -> None:
@@ -33,8 +33,14 @@ def test_room_comes_before_load_and_avoidance_before_both() -> None:
 
 
 def test_an_avoided_worker_is_chosen_only_if_it_is_the_only_one() -> None:
-    assert choose_prefill({ProcessId("p0"): 0, ProcessId("p1"): 9}, {ProcessId("p0")}) == "p1"
-    assert choose_prefill({ProcessId("p0"): 0}, {ProcessId("p0")}) == "p0"
+    assert choose_prefill({ProcessId("p0"): 0, ProcessId("p1"): 9}, {}, {ProcessId("p0")}) == "p1"
+    assert choose_prefill({ProcessId("p0"): 0}, {}, {ProcessId("p0")}) == "p0"
+
+
+def test_a_worker_that_knows_the_prompt_is_chosen_unless_its_queue_is_longer() -> None:
+    pending = {ProcessId("p0"): 0, ProcessId("p1"): 100}
+    assert choose_prefill(pending, {ProcessId("p1"): 160}, set()) == "p1"
+    assert choose_prefill(pending, {ProcessId("p1"): 64}, set()) == "p0"
 
 
 def test_the_example_of_the_docstring() -> None:
