@@ -19,6 +19,7 @@ from enum import Enum
 import numpy as np
 import torch
 
+from kernels.elastic_mode import ElasticMode, LateRanksError
 from kernels.heap_layout import HeapLayout
 from kernels.heap_window import HeapWindow, require_ordered_stores
 from kernels.step_words import epoch_floor
@@ -57,6 +58,7 @@ class EpochState:
         rank: int,
         *,
         deadline_s: float,
+        elastic: ElasticMode = ElasticMode.VIEWS,
         clock: Clock = time.monotonic,
         pause: Pause = yield_then_sleep,
     ) -> None:
@@ -64,10 +66,13 @@ class EpochState:
         max_ranks = layout.ep.max_ranks
         if not 0 <= rank < max_ranks:
             raise ValueError(f"rank {rank} is not in 0..{max_ranks - 1}")
+        if elastic is ElasticMode.BARE:
+            raise ValueError("elastic: the CPU data path has no bare form")
         layout.verify(heap.bytes_U8, "the own heap")
         self.layout = layout
         self.rank = rank
         self.deadline_s = deadline_s
+        self.elastic = elastic
         self.status = CLEAN
         self.void_reason: VoidReason | None = None
         self.epoch = 0
@@ -205,7 +210,16 @@ class EpochState:
         if end is WaitEnd.DEADLINE:
             for rank in self._wait.missing:
                 self._observed[rank] = 1
+            if self.elastic is ElasticMode.ALONE:
+                self._masked_W[list(self._wait.missing)] = True
+                self.members = tuple(np.flatnonzero(~self._masked_W).tolist())
+                return True
         self._void(VoidReason(end.value))
+        if self.elastic is ElasticMode.OFF:
+            raise LateRanksError(
+                f"gave up waiting in epoch {self.epoch}, operation {self._n} ({end.value}): nothing came from ranks "
+                f"{list(self._wait.missing)}, deadline {deadline_s} s; elastic mode is off"
+            )
         return False
 
     def _void(self, reason: VoidReason) -> None:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.fp8 import GROUP_SIZE
+
 ALIGNMENT_BYTES = 256
 NUM_HEADER_BANKS = 4
 NUM_BARRIER_BANKS = 2
@@ -28,7 +30,9 @@ _ITEM_BYTES = {dtype: torch.empty(0, dtype=dtype).element_size() for dtype in (*
 
 @dataclass(frozen=True, slots=True)
 class EpShape:
-    """Sizes of the EP group, fixed for its life."""
+    """Sizes of the EP group, fixed for its life. ``dispatch_dtype``: of x on its way to the experts, either ``dtype``
+    (None) or torch.float8_e4m3fn with a float32 scale for each 128 elements (``kernels.fp8``).
+    """
 
     max_ranks: int
     max_tokens: int
@@ -36,6 +40,7 @@ class EpShape:
     hidden_size: int
     num_header_words: int = 8
     dtype: torch.dtype = torch.float32
+    dispatch_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_ranks", "max_tokens", "top_k", "hidden_size", "num_header_words"):
@@ -43,6 +48,14 @@ class EpShape:
                 raise ValueError(f"EpShape.{name} must be at least 1, got {getattr(self, name)}")
         if self.dtype not in _FLOATS:
             raise ValueError(f"EpShape.dtype must be a plain floating-point type, got {self.dtype}")
+        if self.dispatch_dtype not in (None, torch.float8_e4m3fn):
+            raise ValueError(f"EpShape.dispatch_dtype must be None or torch.float8_e4m3fn, got {self.dispatch_dtype}")
+        if self.is_fp8 and self.hidden_size % GROUP_SIZE:
+            raise ValueError(f"EpShape.hidden_size must be a multiple of 128 for float8, got {self.hidden_size}")
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.dispatch_dtype is not None
 
     @property
     def row_header_words(self) -> int:
@@ -50,9 +63,18 @@ class EpShape:
         return -(-(1 + 2 * self.top_k) // 4) * 4
 
     @property
+    def scale_word(self) -> int:
+        """Where the scales of x begin in a row, in int32 words."""
+        x_bytes = self.hidden_size * (1 if self.is_fp8 else _ITEM_BYTES[self.dtype])
+        return self.row_header_words + -(-x_bytes // 16) * 4
+
+    @property
+    def num_scales(self) -> int:
+        return self.hidden_size // GROUP_SIZE if self.is_fp8 else 0
+
+    @property
     def row_bytes(self) -> int:
-        x_bytes = self.hidden_size * _ITEM_BYTES[self.dtype]
-        return 4 * self.row_header_words + -(-x_bytes // 16) * 16
+        return 4 * self.scale_word + -(-self.num_scales // 4) * 16
 
 
 @dataclass(frozen=True, slots=True)

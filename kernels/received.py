@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.heap_window import FloatArray, HeapWindow
+from kernels.fp8 import dequantise
+from kernels.heap_layout import EpShape
+from kernels.heap_window import FloatArray, Int32Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +20,13 @@ class Received:
     """Entries are ordered by (source slot, row, k), the same on every run. Valid until the next dispatch of any
     member, that is until this rank's own ``combine``.
 
-    ``x_SH`` is a view of the heap, not a copy; the input of entry n is ``x_SH[row_N[n]]``. Only rows named in
-    ``row_N`` mean anything.
+    ``x_SH`` is a view of the heap, not a copy (but what came in float8 is made float32); the input of entry n is
+    ``x_SH[row_N[n]]``. Only rows named in ``row_N`` mean anything.
     """
 
     step: int
     num_rows_W: tuple[int, ...]
-    x_SH: torch.Tensor  # float32 view
+    x_SH: torch.Tensor  # float32
     row_N: torch.Tensor  # int64, index into x_SH: source * M + row
     source_N: torch.Tensor  # int64, slot of the token's owner
     token_N: torch.Tensor  # int64, the token's index at its owner
@@ -41,25 +43,23 @@ class Received:
         return self.x_SH.index_select(0, self.row_N)
 
 
-def read_received(
-    window: HeapWindow, x_SH: torch.Tensor, rank: int, top_k: int, step: int, num_rows_W: tuple[int, ...]
-) -> Received:
-    """Pick the entries meant for ``rank`` out of the rows that have arrived."""
-    num_slots_per_rank = window.dispatch_rows.shape[1]
+def read_received(words_SC: Int32Array, ep: EpShape, rank: int, step: int, num_rows_W: tuple[int, ...]) -> Received:
+    """Pick the entries meant for ``rank`` out of the rows (int32 words) that have arrived."""
+    num_slots_per_rank, top_k = ep.max_tokens, ep.top_k
     slots = [
         np.arange(source * num_slots_per_rank, source * num_slots_per_rank + num_rows)
         for source, num_rows in enumerate(num_rows_W)
         if num_rows
     ]
     slot_R = np.concatenate(slots) if slots else np.empty(0, np.int64)
-    header = window.dispatch_rows.reshape(len(x_SH), -1)[slot_R, : 1 + 2 * top_k]
+    header = words_SC[slot_R, : 1 + 2 * top_k]
     code_RK = header[:, 1 : 1 + top_k]
     row_R, k_N = np.nonzero(code_RK >> 16 == rank)
     slot_N = slot_R[row_R]
     return Received(
         step=step,
         num_rows_W=num_rows_W,
-        x_SH=x_SH,
+        x_SH=_x_of_rows(words_SC, ep, slot_R),
         row_N=torch.from_numpy(slot_N),
         source_N=torch.from_numpy(slot_N // num_slots_per_rank),
         token_N=torch.from_numpy(header[row_R, 0].astype(np.int64)),
@@ -67,6 +67,17 @@ def read_received(
         local_expert_N=torch.from_numpy((code_RK[row_R, k_N] & 0xFFFF).astype(np.int64)),
         weight_N=torch.from_numpy(header[row_R, 1 + top_k + k_N].view(np.float32)),
     )
+
+
+def _x_of_rows(words_SC: Int32Array, ep: EpShape, slot_R: npt.NDArray[np.int64]) -> torch.Tensor:
+    if not ep.is_fp8:
+        return torch.from_numpy(words_SC)[:, ep.row_header_words :][:, : ep.hidden_size].view(torch.float32)
+    row_R = torch.from_numpy(words_SC[slot_R])
+    q_RH = row_R.view(torch.float8_e4m3fn)[:, 4 * ep.row_header_words :][:, : ep.hidden_size]
+    scale_RG = row_R[:, ep.scale_word :][:, : ep.num_scales].view(torch.float32)
+    x_SH = torch.zeros(len(words_SC), ep.hidden_size)
+    x_SH[torch.from_numpy(slot_R)] = dequantise(q_RH, scale_RG)
+    return x_SH
 
 
 def sum_of_each_row(

@@ -22,9 +22,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kernels.elastic_mode import ElasticMode
 from kernels.epoch_state import VOID, EpochState, VoidReason
 from kernels.heap_layout import HeapLayout
-from kernels.heap_window import FloatArray, Int32Array
+from kernels.own_tokens import MASKED, OwnTokens
 from kernels.received import Received, read_received, sum_of_each_row
 from kernels.step_words import EPOCH_SHIFT, epoch_floor, header_bank, header_tag, tagged
 from kernels.symmetric_memory.base import SymmetricHeap
@@ -45,9 +46,12 @@ class HeaderRound:
 class ElasticGroup(EpochState):
     """One rank's end of the group: its heap, the peers' heaps as mapped here, the epoch it is in.
 
-    ``deadline_s`` bounds the waits of dispatch and combine (a tenth longer when several ranks are late); the wait for
-    headers is patient. ``num_local_experts``: physical experts of a rank, for ``expert_load``; 0 counts nothing.
-    ``clock`` (seconds) and ``pause`` (called with the number of polls so far) are for tests.
+    ``deadline_s`` bounds the waits of dispatch and combine (a tenth longer for each further late rank); the wait for
+    headers is patient, except in mode ALONE. ``num_local_experts``: physical experts of a rank, for ``expert_load``; 0
+    counts nothing. ``clock`` (seconds) and ``pause`` (called with the number of polls so far) are for tests.
+
+    ``renormalise`` may be set between operations, in mode ALONE: the sum over a token's entries of which some are lost
+    to masked ranks is scaled by (sum of all its weights) / (sum of those left). Otherwise they are just left out.
     """
 
     def __init__(
@@ -57,11 +61,12 @@ class ElasticGroup(EpochState):
         rank: int,
         *,
         deadline_s: float,
+        elastic: ElasticMode = ElasticMode.VIEWS,
         num_local_experts: int = 0,
         clock: Clock = time.monotonic,
         pause: Pause = yield_then_sleep,
     ) -> None:
-        super().__init__(layout, heap, rank, deadline_s=deadline_s, clock=clock, pause=pause)
+        super().__init__(layout, heap, rank, deadline_s=deadline_s, elastic=elastic, clock=clock, pause=pause)
         ep = layout.ep
         if ep.dtype != torch.float32:
             raise ValueError(f"the CPU data path computes in float32, the layout has {ep.dtype}")
@@ -69,15 +74,9 @@ class ElasticGroup(EpochState):
         self._num_headers = 0
         self._announced: tuple[int, list[int]] | None = None
         self._combine_due = 0  # step of the dispatch whose combine comes next; 0: none
-        self._num_tokens = 0
-        self._x_begin, self._x_end = ep.row_header_words, ep.row_header_words + ep.hidden_size
-        rows = self._own.dispatch_rows.reshape(ep.max_ranks * ep.max_tokens, -1)
-        self._x_SH = torch.from_numpy(rows)[:, self._x_begin : self._x_end].view(torch.float32)
-        self._combine_rows_flat: FloatArray = self._own.combine_rows.reshape(-1, ep.hidden_size)
-        self._place_MK = np.arange(ep.max_tokens * ep.top_k).reshape(ep.max_tokens, ep.top_k)
-        # The rows of the last dispatch, as they go out; codes and weights are needed again by its combine.
-        self._outbox: Int32Array = np.zeros((ep.max_tokens, rows.shape[1]), np.int32)
-        self._outbox[:, 0] = np.arange(ep.max_tokens)
+        self.renormalise = False
+        self._tokens = OwnTokens(ep)
+        self._row_words_SC = self._own.dispatch_rows.reshape(ep.max_ranks * ep.max_tokens, -1)
 
     def adopt(self, epoch: int, members: Sequence[int], digest: int, *, in_band: bool = False) -> None:
         super().adopt(epoch, members, digest, in_band=in_band)
@@ -87,8 +86,8 @@ class ElasticGroup(EpochState):
         """Exchange up to ``num_header_words`` unsigned 32-bit words (padded with 0); the first operation of every
         epoch.
 
-        Patient: no deadline, since a member may be loading a repaired expert; ``stop()`` becoming true ends it like a
-        word from the host. Two digests among the headers void the round.
+        Patient: no deadline (but in mode ALONE), since a member may be loading a repaired expert; ``stop()`` becoming
+        true ends it like a word from the host. Two digests among the headers void the round.
         """
         data = self._header_data(header_words, self.digest)
         if self.status == VOID:
@@ -102,7 +101,8 @@ class ElasticGroup(EpochState):
             raise ValueError(f"the first header of epoch {self.epoch} differs from the one announced")
         bank = header_bank(self.epoch, self._num_headers)
         self._num_headers += 1
-        if not self._await_words(self._own.header_word[bank], step, None, stop):
+        deadline_s = self.deadline_s if self.elastic is ElasticMode.ALONE else None
+        if not self._await_words(self._own.header_word[bank], step, deadline_s, stop):
             return None
         rows = self._own.header_data[bank, list(self.members)]
         if (rows >> _HIGH_HALF != header_tag(step)).any():
@@ -165,13 +165,9 @@ class ElasticGroup(EpochState):
                 "dispatch out of order: an epoch begins with allgather, and each dispatch has its combine"
             )
         step = self._next_step()
-        num_tokens, top_k = rank.shape
-        outbox = self._outbox[:num_tokens]
-        outbox[:, 1 : 1 + top_k] = np.where(rank >= 0, rank << 16 | local_expert_TK.numpy(), -1)
+        outbox = self._tokens.fill(x_TH, rank, local_expert_TK, weight_TK)
         if self._load_WL.size:
             np.add.at(self._load_WL, (rank[rank >= 0], local_expert_TK.numpy()[rank >= 0]), 1)
-        outbox[:, 1 + top_k : 1 + 2 * top_k] = weight_TK.numpy().view(np.int32)
-        outbox[:, self._x_begin : self._x_end] = x_TH.numpy().view(np.int32)
         for member in self.members:
             tokens = np.flatnonzero((rank == member).any(axis=1))
             window = self._windows[member]
@@ -180,13 +176,13 @@ class ElasticGroup(EpochState):
             window.dispatch_num_rows[self.rank] = len(tokens)
         for member in self.members:
             self._windows[member].dispatch_word[self.rank] = step
-        self._combine_due, self._num_tokens = step, num_tokens
+        self._combine_due = step
         if not self._await_words(self._own.dispatch_word, step, self.deadline_s):
             return None
         num_rows = [0] * self.layout.ep.max_ranks
         for member in self.members:
             num_rows[member] = self._own.dispatch_num_rows[member]
-        return read_received(self._own, self._x_SH, self.rank, top_k, step, tuple(num_rows))
+        return read_received(self._row_words_SC, self.layout.ep, self.rank, step, tuple(num_rows))
 
     def combine(self, expert_rows_NH: torch.Tensor, received: Received, *, ordered: bool = True) -> torch.Tensor | None:
         """Return the experts' rows (one per entry of ``received``) to the tokens' owners, and add up those of the own
@@ -222,7 +218,9 @@ class ElasticGroup(EpochState):
             self._windows[member].combine_word[self.rank] = step
         if not self._await_words(self._own.combine_word, step, self.deadline_s):
             return None
-        return torch.from_numpy(self._add_up() if ordered else self._add_up_ranks())
+        self._tokens.note_masked(self._masked_W)
+        add_up = self._tokens.add_up if ordered else self._tokens.add_up_ranks
+        return torch.from_numpy(add_up(self._own.combine_rows, self.renormalise))
 
     def expert_load(self) -> torch.Tensor:
         """int64 [W, num_local_experts]: rows that this rank has sent to each physical expert since this object was
@@ -245,35 +243,10 @@ class ElasticGroup(EpochState):
             self._windows[member].barrier_word[bank][self.rank] = step
         return self._await_words(self._own.barrier_word[bank], step, deadline_s)
 
-    def _add_up(self) -> FloatArray:
-        ep = self.layout.ep
-        outbox = self._outbox[: self._num_tokens]
-        rank_TK = outbox[:, 1 : 1 + ep.top_k] >> 16
-        weight_TK = outbox[:, 1 + ep.top_k : 1 + 2 * ep.top_k].view(np.float32)
-        place_TK = self._place_MK[: self._num_tokens] + rank_TK.astype(np.int64) * self._place_MK.size
-        # A dropped entry (rank -1) reads some row, whatever is in it, and is zeroed after the product.
-        rows_TKH = self._combine_rows_flat.take(place_TK, axis=0, mode="clip")
-        with np.errstate(all="ignore"):
-            rows_TKH *= weight_TK[:, :, None]
-            rows_TKH[rank_TK < 0] = 0
-            out_TH: FloatArray = rows_TKH[:, 0] + np.float32(0)
-            for k in range(1, ep.top_k):
-                out_TH += rows_TKH[:, k]
-        return out_TH
-
-    def _add_up_ranks(self) -> FloatArray:
-        ep = self.layout.ep
-        rank_TK = self._outbox[: self._num_tokens, 1 : 1 + ep.top_k] >> 16
-        out_TH: FloatArray = np.zeros((self._num_tokens, ep.hidden_size), np.float32)
-        for member in self.members:
-            held_T = (rank_TK == member).any(axis=1)
-            out_TH[held_T] += self._own.combine_rows[member][: self._num_tokens * ep.top_k : ep.top_k][held_T]
-        return out_TH
-
     def _check_routing(
         self, x_TH: torch.Tensor, rank_TK: torch.Tensor, local_expert_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> npt.NDArray[np.int64]:
-        """Ranks as int64, with -1 for those masked without a view."""
+        """Ranks as int64, with MASKED for those masked without a view."""
         ep = self.layout.ep
         num_tokens = len(x_TH)
         if num_tokens > ep.max_tokens or x_TH.shape != (num_tokens, ep.hidden_size) or x_TH.dtype != torch.float32:
@@ -293,7 +266,7 @@ class ElasticGroup(EpochState):
         num_local = self._load_WL.shape[1] or 65536
         if (local_expert_TK.numpy()[sent] // num_local).any():
             raise ValueError(f"local experts must be in 0..{num_local - 1}")
-        return np.where(sent & ~self._masked_W[rank], rank, -1)
+        return np.where(sent & self._masked_W[rank], MASKED, rank)
 
     def _header_data(self, header_words: Sequence[int], digest: int) -> list[int]:
         num_words = self.layout.ep.num_header_words

@@ -14,9 +14,9 @@ from enum import Enum
 Clock = Callable[[], float]
 Pause = Callable[[int], None]
 
-# When several are late, all but one may be waiting for that one, an operation behind this rank; they lack one word, so
-# their deadline comes first, and their poison gets this much longer to arrive before a healthy rank is accused.
-_SEVERAL_LATE = 1.1
+# When several are late, some may be waiting for the others, an operation behind this rank; they lack fewer words, so
+# their deadline comes first, and what they then say gets this much longer to arrive before a healthy rank is accused.
+_LONGER_FOR_EACH = 0.1
 _NUM_YIELDS = 40
 _NUM_SHORT_SLEEPS = 400
 _SHORT_SLEEP_S = 50e-6
@@ -99,7 +99,7 @@ class WordWait:
                 end = WaitEnd.PEER_POISON
             elif stop is not None and stop():
                 end = WaitEnd.STOPPED
-            elif deadline_s is not None and now - start >= deadline_s * (1.0 if len(pending) == 1 else _SEVERAL_LATE):
+            elif deadline_s is not None and now - start >= deadline_s * (1 + _LONGER_FOR_EACH * (len(pending) - 1)):
                 end = WaitEnd.DEADLINE
             if end is not None:
                 for source in pending:

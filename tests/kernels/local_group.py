@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 
+from kernels.elastic_mode import ElasticMode
 from kernels.heap_layout import EpShape, HeapLayout
 from kernels.reference import ElasticGroup
 from kernels.symmetric_memory.shm import ShmHeap, ShmProvider
@@ -88,10 +89,16 @@ class LocalGroup:
 
 @contextmanager
 def local_group(
-    directory: Path, num_ranks: int = 4, *, deadline_s: float = GENEROUS_S, manual: Sequence[int] = ()
+    directory: Path,
+    num_ranks: int = 4,
+    *,
+    shape: EpShape = SHAPE,
+    deadline_s: float = GENEROUS_S,
+    elastic: ElasticMode = ElasticMode.VIEWS,
+    manual: Sequence[int] = (),
 ) -> Iterator[LocalGroup]:
     """Ranks 0..num_ranks-1; those in ``manual`` have a clock that passes only in their own pauses."""
-    layout = HeapLayout.build(SHAPE)
+    layout = HeapLayout.build(shape)
     provider = ShmProvider(directory)
     heaps = [provider.allocate(f"heap{rank}", layout.nbytes) for rank in range(num_ranks)]
     clocks = [ManualClock() for _ in heaps]
@@ -99,11 +106,12 @@ def local_group(
     for rank, heap in enumerate(heaps):
         layout.format(heap.bytes_U8)
         if rank in manual:
+            clock = clocks[rank]
             group = ElasticGroup(
-                layout, heap, rank, deadline_s=deadline_s, clock=clocks[rank], pause=clocks[rank].pause
+                layout, heap, rank, deadline_s=deadline_s, elastic=elastic, clock=clock, pause=clock.pause
             )
         else:
-            group = ElasticGroup(layout, heap, rank, deadline_s=deadline_s)
+            group = ElasticGroup(layout, heap, rank, deadline_s=deadline_s, elastic=elastic)
         ranks.append(group)
     for group in ranks:
         for peer, heap in enumerate(heaps):
@@ -126,13 +134,13 @@ class Tokens:
     weight_TK: torch.Tensor
 
     @staticmethod
-    def random(seed: int, num_tokens: int) -> "Tokens":
+    def random(seed: int, num_tokens: int, hidden_size: int = SHAPE.hidden_size) -> "Tokens":
         generator = torch.Generator().manual_seed(seed)
         score = torch.rand(num_tokens, NUM_EXPERTS, generator=generator)
         expert = score.argsort(dim=1)[:, : SHAPE.top_k]
         dropped = torch.rand(num_tokens, SHAPE.top_k, generator=generator) < 0.1
         return Tokens(
-            torch.randn(num_tokens, SHAPE.hidden_size, generator=generator),
+            torch.randn(num_tokens, hidden_size, generator=generator),
             torch.where(dropped, -1, expert),
             torch.rand(num_tokens, SHAPE.top_k, generator=generator),
         )
@@ -182,6 +190,12 @@ class Placement:
         ]
         pair_TK2 = torch.tensor(pairs, dtype=torch.int64).reshape(len(pairs), SHAPE.top_k, 2)
         return pair_TK2[..., 0], pair_TK2[..., 1]
+
+
+def without(tokens: Tokens, placement: Placement, gone: int) -> Tokens:
+    """Entries routed to rank ``gone`` dropped."""
+    rank_TK, _ = placement.route(tokens)
+    return Tokens(tokens.x_TH, torch.where(rank_TK == gone, -1, tokens.expert_TK), tokens.weight_TK)
 
 
 def reduced_oracle(tokens: Tokens, placement: Placement) -> torch.Tensor:

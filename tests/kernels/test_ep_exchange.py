@@ -18,6 +18,7 @@ from tests.kernels.local_group import (
     moe_layer,
     oracle,
     reduced_oracle,
+    without,
 )
 
 
@@ -190,10 +191,6 @@ def test_a_rank_masked_without_a_view_gets_nothing_and_is_not_awaited(heap_dir: 
     placement = Placement.random(3, members, num_copies=1)
     tokens = [Tokens.random(rank, 5) for rank in members]
 
-    def kept(mine: Tokens) -> Tokens:
-        gone = placement.route(mine)[0] == 2
-        return Tokens(mine.x_TH, torch.where(gone, -1, mine.expert_TK), mine.weight_TK)
-
     with local_group(heap_dir, 3) as cluster:
         cluster.enter(1, members)
         for heap in cluster.heaps:
@@ -205,7 +202,7 @@ def test_a_rank_masked_without_a_view_gets_nothing_and_is_not_awaited(heap_dir: 
         for rank in (0, 1):
             got = out[rank]
             assert got is not None
-            assert torch.equal(got, oracle(kept(tokens[rank])))
+            assert torch.equal(got, oracle(without(tokens[rank], placement, 2)))
             assert not torch.equal(got, oracle(tokens[rank]))
 
 
