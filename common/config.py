@@ -52,6 +52,7 @@ class DecodeConfig(_Section, frozen=True):
     max_batch: int = 32  # tokens of one rank in one round
     block_size: int = 16  # tokens per KV block
     num_kv_blocks: int = 1024
+    handoff_bytes: int = 1 << 30  # KV that has come from prefill workers for requests without blocks
     num_redundant_experts: int = -1  # -1: three copies of each, so that any two ranks may be lost
     operation_deadline_s: float = 2.0  # of dispatch and combine
     idle_poll_s: float = 0.05

@@ -11,7 +11,7 @@ Who sends what:
     monitor -> process   Welcome Refusal HeartbeatReply Prepare View RollCall Directory Status Signal SetChildren
     router  -> prefill   Prefill Abort AskPrefill          prefill -> router   PrefillDone PrefillQueued Refused
     router  -> decode    Announce Have Abort Release       decode  -> router   TokenBatch Unknown Refused
-    prefill -> decode    KvHandoff (+ KV frames)           decode  -> decode   Wake View
+    prefill -> decode    KvPart KvHandoff (+ KV frames)    decode  -> decode   Wake View
     bus                  topics ``view`` (View, Directory), ``load`` (ExpertLoad), ``plan`` (PlacementPlan),
                          ``event`` and ``fault`` (plain maps)
 """
@@ -354,8 +354,24 @@ class PrefillQueued(_Message, frozen=True):
     num_ahead: int = 0
 
 
+class KvPart(_Message, frozen=True):
+    """prefill -> decode, while the prompt is still computed. One extra frame: the KV of positions start, start + 1, ...
+    in some layers, float32 [num_layers, num_tokens, kv_width], C order, little endian. Any order, any number of times.
+    """
+
+    request: RequestId
+    attempt: int
+    rank: Rank
+    incarnation: Incarnation
+    first_layer: int
+    num_layers: int
+    start: int
+    num_tokens: int
+
+
 class KvHandoff(_Message, frozen=True):
-    """prefill -> decode. One extra frame: float32 [num_layers, num_tokens, kv_width], C order, little endian."""
+    """prefill -> decode, after the last token. The KV comes in one extra frame, float32 [num_layers, num_tokens,
+    kv_width], C order, little endian; without a frame it has come, or still comes, in KvParts."""
 
     request: RequestId
     attempt: int
@@ -463,8 +479,8 @@ class PlacementPlan(_Message, frozen=True):
 Message = (
     View | Directory | Hello | Welcome | Refusal | Heartbeat | HeartbeatReply | AskView | Prepare | VoidReport
     | RollCall | RollAnswer | SlotLeft | Signal | SignalDone | Exited | AskStatus | Status | Announce | Prefill
-    | PrefillDone | AskPrefill | PrefillQueued | KvHandoff | TokenBatch | Have | Unknown | Refused | Abort | Release
-    | Wake | ExpertLoad | PlacementPlan | SetChildren
+    | PrefillDone | AskPrefill | PrefillQueued | KvPart | KvHandoff | TokenBatch | Have | Unknown | Refused | Abort
+    | Release | Wake | ExpertLoad | PlacementPlan | SetChildren
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

@@ -7,6 +7,7 @@ Legend: T tokens (padded to whole row blocks inside), H hidden, V vocabulary, K 
 R requests, W block table width, S rows with logits; the cache is [layers, blocks, rows of a block, row floats].
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,11 +151,11 @@ class Model:
         self._head = input_major(head)
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, on_kv: Callable[[int], None] | None = None) -> Tensor:
         """Logits fp32 [S, V] of the asked tokens; writes the cache rows of all tokens.
 
-        Raises ValueError for a token id or position out of range, and VoidRound when the exchange does; the cache
-        rows written until then are void.
+        ``on_kv(layer)`` is called as soon as the cache rows of a layer are written. Raises ValueError for a token id or
+        position out of range, and VoidRound when the exchange does; the cache rows written until then are void.
         """
         num_tokens = len(batch.token_ids_T)
         if num_tokens == 0:
@@ -169,8 +170,10 @@ class Model:
         padding = num_padded(num_tokens) - num_tokens
         x_TH = self._embedding.index_select(0, torch.from_numpy(np.pad(batch.token_ids_T, (0, padding))))
         turn_T1h = self._rotary.at(torch.from_numpy(np.pad(batch.position_T, (0, padding))))
-        for layer, cache_FC in zip(self._layers, self._caches_FC, strict=True):
+        for number, (layer, cache_FC) in enumerate(zip(self._layers, self._caches_FC, strict=True)):
             x_TH = x_TH + layer.attention.run(layer.norm_before.run(x_TH), turn_T1h, plan, cache_FC)
+            if on_kv:
+                on_kv(number)
             x_TH = x_TH + layer.mlp.run(layer.norm_after.run(x_TH), num_tokens)
         asked_SH = pad_rows(x_TH.index_select(0, torch.from_numpy(batch.logit_index_S)))
         logits = linear(self._norm.run(asked_SH), self._head)

@@ -1,15 +1,13 @@
 """The requests of a decode rank, from their announcement to their release. Pure; PROTOCOL section 6.
 
-    announce --> ANNOUNCED --KV--> HELD --blocks--> RUNNING --stop or length--> FINISHED --release--> gone
+    announce --> ANNOUNCED --all KV--> HELD --blocks--> RUNNING --stop or length--> FINISHED --release--> gone
                      any of them --abort, higher attempt--> gone (a tombstone stays)
 
 Invariants: at most one attempt of a request lives; outputs only grow; what was sent once is what is sent again; KV is
 taken only for an announced attempt of this incarnation. Everything that is kept has a bound in number and in time.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Iterator
 
 from common.ids import NO_RANK, Epoch, Incarnation, ProcessId, Rank, RequestId
 from common.messages import (
@@ -17,10 +15,10 @@ from common.messages import (
     Announce,
     Have,
     KvHandoff,
+    KvPart,
     Message,
     Refused,
     Release,
-    Sampling,
     TokenBatch,
     Tokens,
     TopLogprobs,
@@ -30,91 +28,26 @@ from common.sampling_bounds import sampling_fault
 from services.decode.actions import Send
 from services.decode.batch_scheduler import BatchScheduler
 from services.decode.early_kv import EarlyKv, Frames
+from services.decode.kv_pieces import KvPiece, KvPieces
+from services.decode.request import Admission, Request, RequestLimits, Stage, Step
 from services.decode.tombstones import Tombstones
 
 MAX_REQUESTS = 4096
 REPEAT_S = 0.5
 FINISHED_KEPT_S = 120.0
 ANNOUNCED_KEPT_S = 600.0
-
-
-class Stage(Enum):
-    ANNOUNCED = "announced"
-    HELD = "held"  # KV is here, no blocks for it yet
-    RUNNING = "running"
-    FINISHED = "finished"
-
-
-@dataclass(frozen=True, slots=True)
-class RequestLimits:
-    """What the model and this rank's memory allow."""
-
-    vocab_size: int
-    max_positions: int
-    kv_bytes_per_token: int
-
-
-@dataclass(slots=True)
-class _Request:
-    announce: Announce
-    max_outputs: int
-    since: float
-    ids: list[int]
-    logprobs: list[float] = field(default_factory=list)  # of the outputs that are no announced ones
-    tops: list[TopLogprobs] = field(default_factory=list)  # of the same, if asked for
-    prompt_logprobs: tuple[tuple[float, TopLogprobs], ...] = ()
-    stage: Stage = Stage.ANNOUNCED
-    finish: str = ""
-    frames: Frames = ()
-    repeat_at: float = 0.0
-
-    def tokens(self, start: int) -> Tokens:
-        first = start - len(self.announce.outputs)
-        announce = self.announce
-        return Tokens(
-            announce.request,
-            announce.attempt,
-            start,
-            tuple(self.ids[start:]),
-            tuple(self.logprobs[first:]),
-            self.finish,
-            tuple(self.tops[first:]),
-            self.prompt_logprobs if start == 0 else (),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One running request's part in a round: compute ``token_id`` at ``position``, sample output ``output_index``.
-
-    ``outputs`` is the request's own list, to be read before the next `commit`.
-    """
-
-    request: RequestId
-    token_id: int
-    position: int
-    output_index: int
-    sampling: Sampling
-    block_table: tuple[int, ...]
-    prompt: tuple[int, ...] = ()
-    outputs: Sequence[int] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """Write these KV rows, [layers, num_tokens, row], into these blocks before the next round."""
-
-    request: RequestId
-    num_tokens: int
-    frames: Frames
-    block_table: tuple[int, ...]
+INCOMPLETE_KEPT_S = 1.0  # KV whose end has come; the pieces before it are lost, then
 
 
 class Delivery:
-    def __init__(self, scheduler: BatchScheduler[RequestId], limits: RequestLimits) -> None:
-        self._scheduler, self._limits = scheduler, limits
+    """``handoff_bytes`` bounds the KV that has come for requests without blocks; a single request may have more."""
+
+    def __init__(
+        self, scheduler: BatchScheduler[RequestId], limits: RequestLimits, handoff_bytes: int = 1 << 30
+    ) -> None:
+        self._scheduler, self._limits, self._handoff_bytes = scheduler, limits, handoff_bytes
         self._rank, self._incarnation = NO_RANK, Incarnation(0)
-        self._requests: dict[RequestId, _Request] = {}
+        self._requests: dict[RequestId, Request] = {}
         self._early_kv = EarlyKv()
         self._tombstones = Tombstones()
         self._news: dict[ProcessId, list[Tokens]] = {}
@@ -137,7 +70,7 @@ class Delivery:
         match message:
             case Announce():
                 return self.on_announce(message, now)
-            case KvHandoff():
+            case KvPart() | KvHandoff():
                 return self.on_kv(message, frames, now)
             case Have():
                 return self.on_have(message, peer)
@@ -162,11 +95,13 @@ class Delivery:
             self._tombstones.bury(request, attempt)
             return [_refused(announce, reason)]
         max_outputs = min(announce.sampling.max_tokens, self._limits.max_positions - len(announce.prompt))
-        self._requests[request] = _Request(announce, max_outputs, now, list(announce.outputs))
-        early = self._early_kv.take(request, attempt)
-        return self.on_kv(*early, now) if early else []
+        limits, num_tokens = self._limits, len(announce.prompt) + len(announce.outputs)
+        kv = KvPieces(limits.num_kv_layers, num_tokens, limits.kv_bytes_per_token)
+        self._requests[request] = Request(announce, max_outputs, now, list(announce.outputs), kv)
+        return [send for early in self._early_kv.take(request, attempt) for send in self.on_kv(*early, now)]
 
-    def on_kv(self, handoff: KvHandoff, frames: Frames, now: float) -> list[Send]:
+    def on_kv(self, handoff: KvPart | KvHandoff, frames: Frames, now: float) -> list[Send]:
+        """A piece of KV, or its end."""
         known = self._requests.get(handoff.request)
         if (handoff.rank, handoff.incarnation) != (self._rank, self._incarnation):
             self.num_stale += 1
@@ -180,13 +115,32 @@ class Delivery:
         if known.announce.attempt > handoff.attempt or known.stage is not Stage.ANNOUNCED:
             self.num_stale += 1
             return []
-        num_tokens = len(known.announce.prompt) + len(known.announce.outputs)
-        num_bytes = num_tokens * self._limits.kv_bytes_per_token
-        if handoff.num_tokens != num_tokens or [frame.nbytes for frame in frames] != [num_bytes]:
-            return self._refuse(known, f"KV of {handoff.num_tokens} tokens came, {num_tokens} were announced")
-        if not 0 <= handoff.first_token < self._limits.vocab_size:
-            return self._refuse(known, f"first token {handoff.first_token} is not in the vocabulary")
-        known.stage, known.frames = Stage.HELD, frames
+        if reason := self._take_kv(known, handoff, frames, now):
+            return self._refuse(known, reason)
+        if known.handoff is None or not known.kv.is_complete:
+            return []
+        return self._hold(known, known.handoff, now)
+
+    def _take_kv(self, known: Request, message: KvPart | KvHandoff, frames: Frames, now: float) -> str:
+        """The text says what is wrong with it, "" = nothing."""
+        if isinstance(message, KvHandoff):
+            num_tokens = known.num_context_tokens
+            if message.num_tokens != num_tokens or (frames and not known.kv.add_whole(frames[0])):
+                return f"KV of {message.num_tokens} tokens came, {num_tokens} were announced"
+            if not 0 <= message.first_token < self._limits.vocab_size:
+                return f"first token {message.first_token} is not in the vocabulary"
+            known.handoff, known.since = message, now
+        elif len(frames) != 1 or not known.kv.add(
+            KvPiece(message.first_layer, message.num_layers, message.start, message.num_tokens, frames[0])
+        ):
+            return "a piece of KV came that does not fit what was announced"
+        num_bytes = sum(other.kv.num_bytes for other in self._requests.values())
+        if num_bytes > self._handoff_bytes and num_bytes > known.kv.num_bytes:
+            return f"{num_bytes} bytes of KV wait for blocks already"
+        return ""
+
+    def _hold(self, known: Request, handoff: KvHandoff, now: float) -> list[Send]:
+        known.stage, known.num_computed = Stage.HELD, known.num_context_tokens
         known.prompt_logprobs = handoff.prompt_logprobs
         self._append(known, handoff.first_token, handoff.first_logprob, handoff.first_top, now)
         if not known.finish:
@@ -213,42 +167,46 @@ class Delivery:
         if known and known.announce.attempt <= attempt:
             self._drop(request)
 
-    def on_tick(self, now: float) -> None:
+    def on_tick(self, now: float) -> list[Send]:
         self._early_kv.on_tick(now)
         if now < self._repeat_at:
-            return
+            return []
         self._repeat_at = now + REPEAT_S / 5
+        sends: list[Send] = []
         for request, known in list(self._requests.items()):
             if known.stage is Stage.FINISHED and now >= known.repeat_at:
                 known.repeat_at = now + REPEAT_S
                 self._tell(known, len(known.ids) - 1)
+            if known.stage is Stage.ANNOUNCED and known.handoff and now - known.since > INCOMPLETE_KEPT_S:
+                sends += self._refuse(known, "some of the KV was lost on the way")
+                continue
             kept_s = {Stage.FINISHED: FINISHED_KEPT_S, Stage.ANNOUNCED: ANNOUNCED_KEPT_S}.get(known.stage)
             if kept_s is not None and now - known.since > kept_s:
                 self._drop(request)
+        return sends
 
     def admit(self) -> list[Admission]:
         """Requests that run from the next round on. Their KV must be written before it."""
         admissions = []
         for request, table in self._scheduler.admit():
             known = self._requests[request]
-            num_tokens = len(known.announce.prompt) + len(known.announce.outputs)
-            admissions.append(Admission(request, num_tokens, known.frames, table))
-            known.stage, known.frames = Stage.RUNNING, ()
+            admissions.append(Admission(request, known.kv.pieces, table))
+            known.stage = Stage.RUNNING
+            known.kv.clear()
         return admissions
 
     def steps(self) -> Iterator[Step]:
         """What the next round computes, a token for each running request."""
         for request, table in self._scheduler.batch():
-            known = self._requests[request]
-            announce, ids = known.announce, known.ids
-            position = len(announce.prompt) + len(ids) - 1
-            yield Step(request, ids[-1], position, len(ids), announce.sampling, table, announce.prompt, ids)
+            yield self._requests[request].step(table, most=1)
 
     def commit(self, step: Step, token: int, logprob: float, now: float, top: TopLogprobs = ()) -> None:
         """A clean round's token of one request. KV of the round is written already."""
         known = self._requests[step.request]
         assert known.stage is Stage.RUNNING and step.output_index == len(known.ids), "a token out of order"
-        self.num_prompt_tokens += step.position < len(known.announce.prompt)
+        assert step.position == known.num_computed, "positions out of order"
+        self.num_prompt_tokens += max(0, min(step.stop, known.num_context_tokens) - step.position)
+        known.num_computed = step.stop
         self._append(known, token, logprob, top, now)
         self._tell(known, step.output_index)
         if known.finish:
@@ -281,25 +239,17 @@ class Delivery:
         assert stages.count(Stage.HELD) == self._scheduler.num_waiting
         assert len(self._requests) <= MAX_REQUESTS
         for known in self._requests.values():
-            assert len(known.ids) == len(known.announce.outputs) + len(known.logprobs) <= max(known.max_outputs, 1)
-            assert bool(known.finish) == (known.stage is Stage.FINISHED)
+            known.check_invariants()
 
-    def _append(self, known: _Request, token: int, logprob: float, top: TopLogprobs, now: float) -> None:
-        sampling = known.announce.sampling
-        known.ids.append(token)
-        known.logprobs.append(logprob)
-        if sampling.num_top_logprobs:
-            known.tops.append(top)
+    def _append(self, known: Request, token: int, logprob: float, top: TopLogprobs, now: float) -> None:
+        known.append(token, logprob, top)
         self.num_committed += 1
-        if token in sampling.stop_ids and len(known.ids) > sampling.min_tokens:
-            known.finish = "stop"
-        elif len(known.ids) >= known.max_outputs:
-            known.finish = "length"
         if known.finish:
-            known.stage, known.frames = Stage.FINISHED, ()
+            known.stage = Stage.FINISHED
+            known.kv.clear()
             known.since, known.repeat_at = now, now + REPEAT_S
 
-    def _tell(self, known: _Request, start: int) -> None:
+    def _tell(self, known: Request, start: int) -> None:
         self._news.setdefault(known.announce.router, []).append(known.tokens(start))
 
     def _reason_to_refuse(self, announce: Announce) -> str:
@@ -316,7 +266,7 @@ class Delivery:
             return "no token is left to compute"
         return sampling_fault(announce.sampling, self._limits.vocab_size)
 
-    def _refuse(self, known: _Request, reason: str) -> list[Send]:
+    def _refuse(self, known: Request, reason: str) -> list[Send]:
         self._tombstones.bury(known.announce.request, known.announce.attempt)
         self._drop(known.announce.request)
         return [_refused(known.announce, reason)]

@@ -26,10 +26,10 @@ from kernels.epoch_state import CLEAN
 from kernels.reference import ElasticGroup
 from kernels.symmetric_memory.base import HeapError, SymmetricHeap
 from kernels.symmetric_memory.shm import ShmProvider
-from services.decode.delivery import Admission, RequestLimits, Step
 from services.decode.elastic_exchange import ElasticExchange
 from services.decode.expert_slots import ExpertSlots
 from services.decode.rank_heap import PeerHeaps, heap_name, rank_heap_layout
+from services.decode.request import Admission, RequestLimits, Step
 from services.decode.round_header import NEWCOMER_HEADER, RoundHeader
 
 
@@ -57,6 +57,7 @@ class RankEngine:
             vocab_size=model.vocab_size,
             max_positions=model.max_position_embeddings,
             kv_bytes_per_token=4 * model.num_hidden_layers * model.kv_row_size,
+            num_kv_layers=model.num_hidden_layers,
         )
 
     @property
@@ -160,10 +161,13 @@ class RankEngine:
 
     def write_kv(self, admission: Admission) -> None:
         assert self._model is not None
-        cache = self._model.kv_cache_LBPC
-        rows = np.frombuffer(admission.frames[0], dtype="<f4").copy()
-        rows_LNC = torch.from_numpy(rows).view(cache.shape[0], admission.num_tokens, cache.shape[3])
-        write_kv(cache, np.array(admission.block_table, dtype=np.int64), 0, rows_LNC)
+        cache_LBPC = self._model.kv_cache_LBPC
+        table_M = np.array(admission.block_table, dtype=np.int64)
+        for piece in admission.pieces:
+            rows = torch.from_numpy(np.frombuffer(piece.frame, dtype="<f4").copy())
+            rows_LNC = rows.view(piece.num_layers, piece.num_tokens, cache_LBPC.shape[3])
+            layers = slice(piece.first_layer, piece.first_layer + piece.num_layers)
+            write_kv(cache_LBPC[layers], table_M, piece.start, rows_LNC)
 
     def compute(self, steps: Sequence[Step]) -> list[TokenChoice] | None:
         """The next token of each step; None: the round is void, and so is all that it wrote.
@@ -202,11 +206,13 @@ def _batch(steps: Sequence[Step]) -> Batch:
     tables = np.zeros((len(steps), width), dtype=np.int64)
     for row, step in zip(tables, steps, strict=True):
         row[: len(step.block_table)] = step.block_table
-    index = np.arange(len(steps))
+    sizes = np.array([len(step.token_ids) for step in steps])
+    starts = np.array([step.position for step in steps])
+    ends = np.cumsum(sizes)
     return Batch(
-        token_ids_T=np.array([step.token_id for step in steps], dtype=np.int64),
-        position_T=np.array([step.position for step in steps], dtype=np.int64),
-        request_index_T=index,
+        token_ids_T=np.array([id for step in steps for id in step.token_ids], dtype=np.int64),
+        position_T=np.arange(ends[-1]) + np.repeat(starts - (ends - sizes), sizes),
+        request_index_T=np.repeat(np.arange(len(steps)), sizes),
         block_table_RW=tables,
-        logit_index_S=index,
+        logit_index_S=ends - 1,
     )

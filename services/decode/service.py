@@ -20,6 +20,7 @@ from common.messages import (
     Heartbeat,
     Hello,
     KvHandoff,
+    KvPart,
     Message,
     Prepare,
     Release,
@@ -105,7 +106,7 @@ class DecodeService:
             match incoming.message:
                 case View() as view:
                     self._on_view(view)
-                case Announce() | KvHandoff() | Have() | Abort() | Release() | Wake():
+                case Announce() | KvPart() | KvHandoff() | Have() | Abort() | Release() | Wake():
                     self._stream.deliver(incoming.peer, incoming.message, incoming.frames)
                 case other:
                     log.warning("%s sent %s, which is not for a decode rank", incoming.peer, type(other).__name__)

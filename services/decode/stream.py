@@ -35,10 +35,11 @@ from common.view import ranks
 from services.decode import actions
 from services.decode.actions import Action, Send
 from services.decode.batch_scheduler import BatchScheduler
-from services.decode.delivery import Delivery, Step
+from services.decode.delivery import Delivery
 from services.decode.membership import Membership, RankState
 from services.decode.rank_engine import RankEngine
 from services.decode.rank_status import RankStatus
+from services.decode.request import Step
 from services.decode.round_header import NEWCOMER_HEADER, RoundHeader, RoundPlan
 
 BARE_ROUND_S = 0.002  # between rounds without tokens while a view is prepared
@@ -233,7 +234,7 @@ class Stream:
         self._engine = RankEngine(config, self._heap_dir, self._process)
         blocks: BlockAllocator[RequestId] = BlockAllocator(config.decode.num_kv_blocks, config.decode.block_size)
         self._scheduler = BatchScheduler(blocks, config.decode.max_batch, _MAX_WAITING)
-        self._delivery = Delivery(self._scheduler, self._engine.limits)
+        self._delivery = Delivery(self._scheduler, self._engine.limits, config.decode.handoff_bytes)
         self._membership.lonely_s = config.decode.lonely_s
 
     def _begin_life(self) -> None:
@@ -289,7 +290,7 @@ class Stream:
     def _care_for_requests(self, now: float) -> None:
         if self._delivery is None or self._engine is None:
             return
-        self._delivery.on_tick(now)
+        self._send(self._delivery.on_tick(now))
         for admission in self._delivery.admit():
             self._engine.write_kv(admission)
         self._send(self._delivery.flush(self._membership.epoch))

@@ -1,10 +1,13 @@
 """The tensor side of a prefill worker: the whole model and a paged cache of its own. Decides nothing.
 
+KV leaves piece by piece: what the prefix cache knew at once, the rest layer by layer as it is computed. Only a request
+that is computed in one chunk has its KV in one piece, with its token.
+
 Legend: T tokens of a batch, R chunks, W block table width, S rows of logits, V vocabulary, L layers, N tokens of a
 request, C row floats.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +27,23 @@ from services.prefill.prefill_queue import Attempt, Chunk, PrefillLimits
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """The next token of one request, and its KV: float32 [L, N, C] in C order."""
+    """The next token of one request, and its KV: float32 [L, N, C] in C order, empty when it was pushed in pieces."""
 
     choice: TokenChoice
     kv: bytes
     prompt_logprobs: tuple[tuple[float, TopLogprobs], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """KV of one request: float32 [num_layers, num_tokens, C] in C order, of positions start, start + 1, ..."""
+
+    chunk: Chunk
+    first_layer: int
+    num_layers: int
+    start: int
+    num_tokens: int
+    kv: bytes
 
 
 class PrefillEngine:
@@ -42,9 +57,19 @@ class PrefillEngine:
         self._model = Model(checkpoint, LocalExperts(checkpoint), cache_LBPC)
         self.limits = PrefillLimits(model.vocab_size, model.max_position_embeddings, block_bytes)
 
-    def compute(self, chunks: Sequence[Chunk]) -> dict[Attempt, Prefilled]:
+    def compute(self, chunks: Sequence[Chunk], push: Callable[[Piece], None]) -> dict[Attempt, Prefilled]:
         """Writes the KV of all chunks; results for those that are the last of their request."""
-        logits_SV = self._model.forward(_batch(chunks)).numpy()
+        in_pieces = [chunk for chunk in chunks if not chunk.is_whole]
+        num_layers = self._model.config.num_hidden_layers
+        for chunk in in_pieces:
+            if chunk.is_first and chunk.num_cached:
+                push(self._piece(chunk, 0, num_layers, 0, chunk.num_cached))
+
+        def push_layer(layer: int) -> None:
+            for chunk in in_pieces:
+                push(self._piece(chunk, layer, 1, chunk.start, len(chunk.tokens)))
+
+        logits_SV = self._model.forward(_batch(chunks), push_layer).numpy()
         results, row = {}, 0
         for chunk in chunks:
             num_rows = _num_logits(chunk)
@@ -54,11 +79,18 @@ class PrefillEngine:
                 results[chunk.attempt] = self._finish(chunk, logits_SV[row - 1])
         return results
 
+    def _piece(self, chunk: Chunk, first_layer: int, num_layers: int, start: int, num_tokens: int) -> Piece:
+        layers_LBPC = self._model.kv_cache_LBPC[first_layer : first_layer + num_layers]
+        table = np.array(chunk.block_table, dtype=np.int64)
+        kv_LNC = read_kv(layers_LBPC, table, start, start + num_tokens)
+        return Piece(chunk, first_layer, num_layers, start, num_tokens, kv_LNC.numpy().tobytes())
+
     def _finish(self, chunk: Chunk, logits_V: npt.NDArray[np.float32]) -> Prefilled:
-        prefill, table = chunk.prefill, np.array(chunk.block_table, dtype=np.int64)
+        prefill = chunk.prefill
         choice = choose(logits_V, prefill.sampling, prefill.prompt, prefill.outputs)
-        kv_LNC = read_kv(self._model.kv_cache_LBPC, table, 0, chunk.start + len(chunk.tokens))
-        return Prefilled(choice, kv_LNC.numpy().tobytes(), tuple(chunk.prompt_logprobs))
+        num_layers = self._model.config.num_hidden_layers
+        kv = self._piece(chunk, 0, num_layers, 0, chunk.stop).kv if chunk.is_whole else b""
+        return Prefilled(choice, kv, tuple(chunk.prompt_logprobs))
 
 
 def _num_logits(chunk: Chunk) -> int:

@@ -62,6 +62,20 @@ class Chunk:
     is_last: bool
     block_table: tuple[int, ...]
     prompt_logprobs: list[tuple[float, TopLogprobs]] = field(default_factory=list)
+    num_cached: int = 0  # tokens before the first chunk of the request
+
+    @property
+    def is_whole(self) -> bool:
+        """All of the request."""
+        return self.start == 0 and self.is_last
+
+    @property
+    def is_first(self) -> bool:
+        return self.start == self.num_cached
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.tokens)
 
     @property
     def judges_prompt(self) -> bool:
@@ -166,6 +180,10 @@ class PrefillQueue:
             running[index].num_left_out += not shares[index]
         return [self._chunk(work, share) for work, share in zip(running, shares, strict=True) if share]
 
+    def is_wanted(self, attempt: Attempt) -> bool:
+        """Neither done nor aborted."""
+        return attempt in self._work
+
     def on_computed(self, batch: list[Chunk]) -> list[Chunk]:
         """The last chunks of requests that are done now and still wanted."""
         finished = []
@@ -225,6 +243,7 @@ class PrefillQueue:
             stop == len(work.tokens),
             work.cached_blocks + self.blocks.table((prefill.request, prefill.attempt)),
             work.prompt_logprobs,
+            len(work.cached_blocks) * self.blocks.block_size,
         )
 
     def _drop(self, request: RequestId, attempt: int) -> None:

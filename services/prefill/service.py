@@ -20,6 +20,7 @@ from common.messages import (
     Heartbeat,
     Hello,
     KvHandoff,
+    KvPart,
     Message,
     Prefill,
     PrefillDone,
@@ -30,7 +31,7 @@ from common.monitor_client import MonitorClient
 from common.process_args import ProcessArgs
 from common.transport import Endpoint, Link
 from services.prefill.decode_links import DecodeLinks
-from services.prefill.prefill_engine import Prefilled, PrefillEngine
+from services.prefill.prefill_engine import Piece, Prefilled, PrefillEngine
 from services.prefill.prefill_queue import Chunk, PrefillQueue
 
 log = logging.getLogger("regrow.prefill")
@@ -82,6 +83,10 @@ class PrefillService:
             executor, PrefillEngine, config.model.path, config.prefill, config.decode.block_size
         )
         self._queue = PrefillQueue.of(config.prefill, config.decode.block_size, engine.limits)
+
+        def push(piece: Piece) -> None:
+            loop.call_soon_threadsafe(self._push, piece)
+
         async with asyncio.TaskGroup() as group:
             group.create_task(self._receive_from_peers(self._queue))
             while True:
@@ -90,7 +95,7 @@ class PrefillService:
                     self._work.clear()
                     await self._work.wait()
                     continue
-                results = await loop.run_in_executor(executor, engine.compute, batch)
+                results = await loop.run_in_executor(executor, engine.compute, batch, push)
                 self._num_batches += 1
                 for chunk in self._queue.on_computed(batch):
                     self._hand_over(chunk, results[chunk.attempt])
@@ -139,24 +144,44 @@ class PrefillService:
         for endpoint in self._decode_links.on_endpoints(endpoints, time.monotonic()):
             self._links.pop(endpoint).close()
 
+    def _push(self, piece: Piece) -> None:
+        """On the loop, while the thread computes on."""
+        prefill = piece.chunk.prefill
+        if self._queue is None or not self._queue.is_wanted(piece.chunk.attempt):
+            return
+        part = KvPart(
+            prefill.request,
+            prefill.attempt,
+            prefill.rank,
+            prefill.incarnation,
+            piece.first_layer,
+            piece.num_layers,
+            piece.start,
+            piece.num_tokens,
+        )
+        self._link(prefill.endpoint).send(part, [piece.kv])
+
     def _hand_over(self, chunk: Chunk, result: Prefilled) -> None:
         prefill = chunk.prefill
-        if self._decode_links.use(prefill.endpoint, time.monotonic()):
-            self._links[prefill.endpoint] = Link(self._context, self._process, prefill.endpoint)
         handoff = KvHandoff(
             prefill.request,
             prefill.attempt,
             prefill.rank,
             prefill.incarnation,
-            chunk.start + len(chunk.tokens),
+            chunk.stop,
             result.choice.token,
             result.choice.logprob,
             result.choice.top,
             result.prompt_logprobs,
         )
-        self._links[prefill.endpoint].send(handoff, [result.kv])
+        self._link(prefill.endpoint).send(handoff, [result.kv] if result.kv else [])
         self._endpoint.send(prefill.router, PrefillDone(prefill.request, prefill.attempt))
         self._num_done += 1
+
+    def _link(self, endpoint: str) -> Link:
+        if self._decode_links.use(endpoint, time.monotonic()):
+            self._links[endpoint] = Link(self._context, self._process, endpoint)
+        return self._links[endpoint]
 
     def _hello(self) -> Hello:
         args = self._args

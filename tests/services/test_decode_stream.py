@@ -15,7 +15,7 @@ from common.messages import Placement, RollAnswer, RollCall, SlotLeft, TokenBatc
 from common.model.experts import expert_rows
 from common.model.token_choice import TokenChoice
 from services.decode import elastic_exchange
-from services.decode.delivery import Step
+from services.decode.request import Step
 from tests.services.decode_group import MONITOR, Group, Request, decode_group, tiny_config
 
 

@@ -12,6 +12,7 @@ from common.messages import (
     Heartbeat,
     Hello,
     KvHandoff,
+    KvPart,
     Message,
     Prepare,
     Release,
@@ -69,7 +70,7 @@ class DecodeNode(ClientNode):
 
     def on_message(self, peer: ProcessId, message: Message, frames: Frames) -> None:
         match message:
-            case Announce() | KvHandoff() | Have() | Abort() | Release() | Wake():
+            case Announce() | KvPart() | KvHandoff() | Have() | Abort() | Release() | Wake():
                 self.stream.deliver(peer, message, frames)
             case Welcome() | Prepare() | View() | RollCall():
                 self.stream.deliver(self.process, message)

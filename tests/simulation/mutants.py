@@ -136,12 +136,7 @@ MUTANTS = (
         (
             (_DELIVERY, "if known is None or known.announce.attempt < handoff.attempt:", "if known is None:"),
             (_DELIVERY, "if known.announce.attempt > handoff.attempt or known", "if known"),
-            (_DELIVERY, "if handoff.num_tokens != num_tokens or [frame.nbytes", "if False and [frame.nbytes"),
-            (
-                _ENGINE,
-                ".view(cache.shape[0], admission.num_tokens, cache.shape[3])",
-                ".view(cache.shape[0], -1, cache.shape[3])",
-            ),
+            (_DELIVERY, "if message.num_tokens != num_tokens or (frames and not", "if (frames and not"),
         ),
         by_test="tests/unit/decode/test_delivery.py",
     ),

@@ -15,7 +15,7 @@ from common.messages import (
     View,
     Welcome,
 )
-from services.prefill.prefill_engine import Prefilled, PrefillEngine
+from services.prefill.prefill_engine import Piece, Prefilled, PrefillEngine
 from services.prefill.prefill_queue import Attempt, Chunk, PrefillQueue
 from services.prefill.service import PrefillService
 from tests.simulation.client import ClientNode
@@ -92,7 +92,7 @@ class PrefillNode(ClientNode):
         if batch := self.queue.next_batch():
             self._is_computing = True
             engine, num_tokens = self._engine, sum(len(chunk.tokens) for chunk in batch)
-            results = engine.compute(batch)
+            results = engine.compute(batch, self._push)
             self.later(_BATCH_S + _TOKEN_S * num_tokens, lambda: self._computed(batch, results))
 
     def _computed(self, batch: list[Chunk], results: dict[Attempt, Prefilled]) -> None:
@@ -102,20 +102,25 @@ class PrefillNode(ClientNode):
             self._hand_over(chunk, results[chunk.attempt])
         self._compute()
 
+    def _push(self, piece: Piece) -> None:
+        PrefillService._push(cast(PrefillService, _Sockets(self, piece.chunk.prefill.endpoint)), piece)
+
     def _hand_over(self, chunk: Chunk, result: Prefilled) -> None:
         """The shell's own function, with sockets of the world."""
         PrefillService._hand_over(cast(PrefillService, _Sockets(self, chunk.prefill.endpoint)), chunk, result)
 
 
 class _Sockets:
-    """What `PrefillService._hand_over` uses of its service."""
+    """What these functions of `PrefillService` use of their service."""
 
     def __init__(self, node: PrefillNode, endpoint: str) -> None:
-        self._decode_links = SimpleNamespace(use=lambda endpoint, now: False)
-        self._links = {endpoint: SimpleNamespace(send=self._send_kv)}
+        self._queue = node.queue
         self._endpoint = SimpleNamespace(send=node.send)
         self._num_done = 0
         self._node, self._target = node, node.world.by_endpoint(endpoint)
+
+    def _link(self, endpoint: str) -> SimpleNamespace:
+        return SimpleNamespace(send=self._send_kv)
 
     def _send_kv(self, message: Message, frames: list[bytes]) -> None:
         if self._target is not None:

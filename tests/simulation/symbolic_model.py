@@ -117,17 +117,19 @@ class SymbolicModel:
     """In place of `common.model.model.Model`."""
 
     def __init__(self, checkpoint: SymbolicCheckpoint, exchange: Any, kv_cache_LBPC: torch.Tensor) -> None:
-        self.kv_cache_LBPC = kv_cache_LBPC
+        self.config, self.kv_cache_LBPC = checkpoint.config, kv_cache_LBPC
         self._num_layers, self._exchange = checkpoint.config.num_moe_layers, exchange
         self._rows = kv_cache_LBPC.numpy()[0, :, :, 0]  # [B, P]
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch, on_kv: Callable[[int], None] | None = None) -> torch.Tensor:
         """Logits [S, VOCAB]; raises VoidRound as the exchange does."""
         block_size = self._rows.shape[1]
         for token, position, row in zip(
             batch.token_ids_T.tolist(), batch.position_T.tolist(), batch.request_index_T.tolist(), strict=True
         ):
             self._rows[batch.block_table_RW[row, position // block_size], position % block_size] = token + 1
+        if on_kv:
+            on_kv(0)
         values = [self._context_value(batch, int(t)) for t in batch.logit_index_S]
         for layer in range(self._num_layers):
             values = self._layer(layer, values)

@@ -11,6 +11,7 @@ from common.messages import (
     Announce,
     Have,
     KvHandoff,
+    KvPart,
     Refused,
     Release,
     Sampling,
@@ -20,17 +21,19 @@ from common.messages import (
 )
 from services.decode.actions import Send
 from services.decode.batch_scheduler import BatchScheduler
-from services.decode.delivery import FINISHED_KEPT_S, REPEAT_S, Delivery, RequestLimits
+from services.decode.delivery import FINISHED_KEPT_S, INCOMPLETE_KEPT_S, REPEAT_S, Delivery
 from services.decode.early_kv import KEPT_S, MAX_KEPT, EarlyKv
+from services.decode.request import RequestLimits
 from services.decode.tombstones import MAX_TOMBSTONES, Tombstones
 
 ROUTER, PREFILL = ProcessId("router"), ProcessId("prefill")
 STOP = 99
 
 
-def make(num_blocks: int = 8, max_batch: int = 4, max_waiting: int = 4) -> Delivery:
+def make(num_blocks: int = 8, max_batch: int = 4, max_waiting: int = 4, handoff_bytes: int = 1 << 20) -> Delivery:
     scheduler: BatchScheduler[RequestId] = BatchScheduler(BlockAllocator(num_blocks, 4), max_batch, max_waiting)
-    delivery = Delivery(scheduler, RequestLimits(vocab_size=100, max_positions=20, kv_bytes_per_token=1))
+    limits = RequestLimits(vocab_size=100, max_positions=20, kv_bytes_per_token=1)
+    delivery = Delivery(scheduler, limits, handoff_bytes)
     delivery.open(Rank(0), Incarnation(7))
     return delivery
 
@@ -62,6 +65,10 @@ def tokens(start: int, *ids: int, finish: str = "", attempt: int = 1, first_logp
     return Tokens(RequestId("a"), attempt, start, ids, (first_logprob,) * len(ids), finish)
 
 
+def part(start: int, num_tokens: int = 1, name: str = "a", attempt: int = 1, incarnation: int = 7) -> KvPart:
+    return KvPart(RequestId(name), attempt, Rank(0), Incarnation(incarnation), 0, 1, start, num_tokens)
+
+
 def run(delivery: Delivery, token: int = 11, now: float = 1.0) -> None:
     """One clean round."""
     delivery.admit()
@@ -81,13 +88,14 @@ def test_from_announcement_to_release() -> None:
     assert delivery.on_kv(kv(), frames(), 0.0) == []
     assert news(delivery) == [tokens(0, 10, first_logprob=-0.5)]
     (admission,) = delivery.admit()
-    assert (admission.request, admission.num_tokens, len(admission.block_table)) == ("a", 2, 1)
+    assert (admission.request, len(admission.block_table)) == ("a", 1)
+    assert [(piece.start, piece.num_tokens) for piece in admission.pieces] == [(0, 2)]
     (step,) = delivery.steps()
-    assert (step.token_id, step.position, step.output_index) == (10, 2, 1)
+    assert (step.token_ids, step.position, step.output_index) == ((10,), 2, 1)
     delivery.commit(step, 11, -1.0, 1.0)
     assert news(delivery) == [tokens(1, 11)]
     (step,) = delivery.steps()
-    assert (step.token_id, step.position, step.output_index) == (11, 3, 2)
+    assert (step.token_ids, step.position, step.output_index) == ((11,), 3, 2)
     delivery.commit(step, 12, -1.0, 1.0)
     assert news(delivery) == [tokens(2, 12, finish="length")]
     assert list(delivery.steps()) == []
@@ -147,7 +155,7 @@ def test_wrong_incarnation_is_refused() -> None:
 
 
 def test_kv_of_another_size_is_refused() -> None:
-    for handoff, got in ((kv(num_tokens=3), frames(3)), (kv(), frames(1)), (kv(), []), (kv(token=100), frames())):
+    for handoff, got in ((kv(num_tokens=3), frames(3)), (kv(), frames(1)), (kv(token=100), frames())):
         delivery = make()
         delivery.on_announce(announce(), 0.0)
         (refusal,) = delivery.on_kv(handoff, got, 0.0)
@@ -225,6 +233,62 @@ def test_abort_frees_blocks_at_once() -> None:
     assert isinstance(answer.message, Unknown)
 
 
+def test_kv_in_pieces_in_any_order_before_and_after_its_end() -> None:
+    delivery = make()
+    delivery.on_kv(part(1), frames(1), 0.0)
+    delivery.on_announce(announce(), 0.0)
+    delivery.on_kv(part(1), frames(1), 0.0)
+    assert delivery.on_kv(kv(), (), 0.1) == [] and delivery.admit() == [], "one piece is on its way"
+    assert delivery.on_kv(part(0), frames(1), 0.2) == []
+    assert news(delivery) == [tokens(0, 10, first_logprob=-0.5)]
+    (admission,) = delivery.admit()
+    assert sorted(piece.start for piece in admission.pieces) == [0, 1]
+    assert delivery.on_kv(part(0), frames(1), 0.3) == [] and delivery.num_stale == 1
+    delivery.check_invariants()
+
+
+def test_pieces_of_another_attempt_or_incarnation_do_not_count() -> None:
+    delivery = make()
+    delivery.on_announce(announce(attempt=2), 0.0)
+    for stale in (part(0, attempt=1), part(0, attempt=2, incarnation=6)):
+        delivery.on_kv(stale, frames(1), 0.0)
+    delivery.on_kv(part(1, attempt=2), frames(1), 0.0)
+    delivery.on_kv(kv(attempt=2), (), 0.0)
+    assert delivery.num_stale == 2 and delivery.admit() == []
+
+
+def test_a_lost_piece_ends_the_attempt_in_time() -> None:
+    delivery = make()
+    delivery.on_announce(announce(), 0.0)
+    delivery.on_kv(part(0), frames(1), 0.0)
+    assert delivery.on_tick(60.0) == [], "prefill takes its time: no end of the KV yet"
+    delivery.on_kv(kv(), (), 61.0)
+    assert delivery.on_tick(61.0 + INCOMPLETE_KEPT_S / 2) == []
+    (refusal,) = delivery.on_tick(61.2 + INCOMPLETE_KEPT_S)
+    assert refusal == Send(ROUTER, Refused(RequestId("a"), 1, "some of the KV was lost on the way"))
+    assert delivery.on_kv(part(1), frames(1), 63.0) == [] and delivery.num_stale == 1
+
+
+def test_a_piece_that_does_not_fit_ends_the_attempt() -> None:
+    delivery = make()
+    delivery.on_announce(announce(), 0.0)
+    (refusal,) = delivery.on_kv(part(1, num_tokens=2), frames(2), 0.0)
+    assert isinstance(refusal.message, Refused)
+
+
+def test_kv_that_waits_for_blocks_is_bounded() -> None:
+    delivery = make(handoff_bytes=3)
+    for name in "ab":
+        delivery.on_announce(announce(name), 0.0)
+    assert delivery.on_kv(part(0, 2, "a"), frames(2), 0.0) == []
+    assert delivery.on_kv(part(0, 1, "b"), frames(1), 0.0) == []
+    (refusal,) = delivery.on_kv(part(1, 1, "b"), frames(1), 0.0)
+    assert refusal.message == Refused(RequestId("b"), 1, "4 bytes of KV wait for blocks already")
+    alone = make(handoff_bytes=1)
+    alone.on_announce(announce(), 0.0)
+    assert alone.on_kv(part(0, 2), frames(2), 0.0) == [], "or it could never be served"
+
+
 def test_finished_requests_are_not_kept_for_ever() -> None:
     delivery = make()
     delivery.on_announce(announce(max_tokens=1), 0.0)
@@ -247,7 +311,7 @@ def test_bounds() -> None:
 
 
 operations = st.tuples(
-    st.sampled_from(["announce", "kv", "have", "abort", "release", "round", "void", "tick", "open"]),
+    st.sampled_from(["announce", "kv", "part", "end", "have", "abort", "release", "round", "void", "tick", "open"]),
     st.sampled_from("abcdefg"),
     st.integers(1, 3),
     st.integers(1, 8),
@@ -267,6 +331,10 @@ def test_outputs_only_grow_and_no_block_is_lost(history: list[tuple[str, str, in
                 delivery.on_announce(announce(name, attempt, max_tokens=number), now)
             case "kv":
                 delivery.on_kv(kv(name, attempt), frames(), now)
+            case "part":
+                delivery.on_kv(part(number % 2, 1, name, attempt), frames(1), now)
+            case "end":
+                delivery.on_kv(kv(name, attempt), (), now)
             case "have":
                 delivery.on_have(Have(RequestId(name), attempt, number), ROUTER)
             case "abort":

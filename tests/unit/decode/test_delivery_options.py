@@ -4,7 +4,8 @@ from common.ids import Epoch, Incarnation, ProcessId, Rank, RequestId
 from common.kv_blocks import BlockAllocator
 from common.messages import Announce, Have, KvHandoff, Sampling, TokenBatch, Tokens, TopLogprobs
 from services.decode.batch_scheduler import BatchScheduler
-from services.decode.delivery import REPEAT_S, Delivery, RequestLimits
+from services.decode.delivery import REPEAT_S, Delivery
+from services.decode.request import RequestLimits
 
 ROUTER, REQUEST = ProcessId("router"), RequestId("a")
 STOP, OWN_STOP = 99, 98

@@ -1,17 +1,20 @@
 """The prefill worker's bits: the same KV and token for a prompt alone, in chunks, and among others."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
-from msgspec.structs import replace
 
 from common.config import PrefillConfig
 from common.ids import Incarnation, ProcessId, Rank, RequestId
 from common.kv_blocks import BlockAllocator
 from common.messages import Prefill, Sampling
-from services.prefill.prefill_engine import Prefilled, PrefillEngine
-from services.prefill.prefill_queue import Attempt, PrefillQueue
+from services.prefill.prefill_engine import Piece, Prefilled, PrefillEngine
+from services.prefill.prefill_queue import Attempt, Chunk, PrefillQueue
 
 TINY = Path(__file__).parents[2] / "fixtures" / "tiny-random"
 
@@ -24,18 +27,45 @@ def prefill(number: int, num_tokens: int) -> Prefill:
     return Prefill(name, 1, ProcessId("r"), prompt, outputs, sampling, rank, Incarnation(1), "")
 
 
+class Receiver:
+    """Puts KV together as it arrives. float32 [layers, tokens, row]."""
+
+    def __init__(self, engine: PrefillEngine) -> None:
+        self._model = engine._model.config
+        self._kv: dict[Attempt, npt.NDArray[np.float32]] = {}
+        self.num_pieces = 0
+
+    def push(self, piece: Piece) -> None:
+        self.num_pieces += 1
+        prefill, config = piece.chunk.prefill, self._model
+        shape = (config.num_hidden_layers, len(prefill.prompt + prefill.outputs), config.kv_row_size)
+        kv = self._kv.setdefault(piece.chunk.attempt, np.full(shape, np.nan, dtype=np.float32))
+        layers = slice(piece.first_layer, piece.first_layer + piece.num_layers)
+        rows = np.frombuffer(piece.kv, dtype=np.float32).reshape(piece.num_layers, piece.num_tokens, -1)
+        kv[layers, piece.start : piece.start + piece.num_tokens] = rows
+
+    def whole(self, chunk: Chunk, result: Prefilled) -> Prefilled:
+        return result if result.kv else replace(result, kv=self._kv[chunk.attempt].tobytes())
+
+
+def finish(engine: PrefillEngine, queue: PrefillQueue) -> dict[Attempt, Prefilled]:
+    """All that is queued, with its KV in one piece."""
+    results: dict[Attempt, Prefilled] = {}
+    receiver = Receiver(engine)
+    while batch := queue.next_batch():
+        computed = engine.compute(batch, receiver.push)
+        for chunk in queue.on_computed(batch):
+            results[chunk.attempt] = receiver.whole(chunk, computed[chunk.attempt])
+    return results
+
+
 def compute(requests: list[Prefill], chunk_tokens: int) -> dict[Attempt, Prefilled]:
     torch.set_num_threads(1)
     engine = PrefillEngine(TINY, PrefillConfig(num_kv_blocks=64), 16)
-    blocks: BlockAllocator[Attempt] = BlockAllocator(64, 16)
-    queue = PrefillQueue(blocks, chunk_tokens, engine.limits)
+    queue = PrefillQueue(BlockAllocator(64, 16), chunk_tokens, engine.limits)
     for request in requests:
         assert queue.on_prefill(request) is None
-    results: dict[Attempt, Prefilled] = {}
-    while batch := queue.next_batch():
-        computed = engine.compute(batch)
-        results |= {chunk.attempt: computed[chunk.attempt] for chunk in queue.on_computed(batch)}
-    return results
+    return finish(engine, queue)
 
 
 def test_bits_do_not_depend_on_chunks_or_neighbours() -> None:
@@ -43,6 +73,23 @@ def test_bits_do_not_depend_on_chunks_or_neighbours() -> None:
     alone = {attempt: result for request in requests for attempt, result in compute([request], 4096).items()}
     assert compute(requests, 4096) == alone
     assert compute(requests, 24) == alone
+
+
+def test_kv_is_pushed_before_the_model_is_done_with_it() -> None:
+    """All but the last layer's piece of the last chunk has left before the experts of the last layer are computed."""
+    torch.set_num_threads(1)
+    config = PrefillConfig(chunk_tokens=16, num_kv_blocks=64)
+    engine = PrefillEngine(TINY, config, 16)
+    queue = PrefillQueue.of(config, 16, engine.limits)
+    queue.on_prefill(prefill(0, 40))
+    story: list[str] = []
+    experts = engine._model._layers[2].mlp
+    run = experts.run
+    experts.run = lambda *args: story.append("experts") or run(*args)  # type: ignore[method-assign, func-returns-value]
+    while batch := queue.next_batch():
+        engine.compute(batch, lambda piece: story.append(f"{piece.start} {piece.first_layer}"))
+        queue.on_computed(batch)
+    assert story == [f"{start} {layer}" if layer < 3 else "experts" for start in (0, 16, 32) for layer in range(4)]
 
 
 def test_cached_kv_is_computed_kv_to_the_last_bit() -> None:
@@ -53,7 +100,7 @@ def test_cached_kv_is_computed_kv_to_the_last_bit() -> None:
     queue = PrefillQueue.of(config, 16, engine.limits)
     shared = prefill(1, 100)
     requests = [
-        replace(
+        msgspec.structs.replace(
             shared,
             request=RequestId(f"{size}+{extra}{outputs}"),
             prompt=shared.prompt[:size] + (7,) * extra,
@@ -63,11 +110,7 @@ def test_cached_kv_is_computed_kv_to_the_last_bit() -> None:
     ]
     for request, num_saved in zip(requests, (0, 96, 160, 256, 288), strict=True):
         assert queue.on_prefill(request) is None
-        results: dict[Attempt, Prefilled] = {}
-        while batch := queue.next_batch():
-            computed = engine.compute(batch)
-            results |= {chunk.attempt: computed[chunk.attempt] for chunk in queue.on_computed(batch)}
-        assert results == compute([request], 4096)
+        assert finish(engine, queue) == compute([request], 4096)
         assert queue.prefixes.num_tokens_saved == num_saved
 
 
