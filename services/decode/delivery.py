@@ -174,12 +174,12 @@ class Delivery:
         self._repeat_at = now + REPEAT_S / 5
         sends: list[Send] = []
         for request, known in list(self._requests.items()):
-            if known.stage is Stage.FINISHED and now >= known.repeat_at:
-                known.repeat_at = now + REPEAT_S
-                self._tell(known, len(known.ids) - 1)
             if known.stage is Stage.ANNOUNCED and known.handoff and now - known.since > INCOMPLETE_KEPT_S:
                 sends += self._refuse(known, "some of the KV was lost on the way")
                 continue
+            if known.stage is Stage.FINISHED and now >= known.repeat_at:
+                known.repeat_at = now + REPEAT_S
+                self._tell(known, len(known.ids) - 1)
             kept_s = {Stage.FINISHED: FINISHED_KEPT_S, Stage.ANNOUNCED: ANNOUNCED_KEPT_S}.get(known.stage)
             if kept_s is not None and now - known.since > kept_s:
                 self._drop(request)
