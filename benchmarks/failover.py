@@ -21,10 +21,10 @@ import aiohttp
 from benchmarks.failover_report import AFTER_S, Fault, picture, summary, table
 from benchmarks.load_generator import LoadGenerator, bodies_for
 from benchmarks.provenance import provenance
+from common.fault_answers import proof_of
 from common.messages import View
-from common.monitor_address import MonitorAddress
-from services.cli.fault import FaultClient, fault_event, proof_of
-from services.cli.run_directory import read_description
+from services.cli.fault import FaultClient, fault_event
+from services.cli.run_directory import monitor_address
 from services.cli.temporary_cluster import temporary_cluster
 from services.cli.view_watch import watch_views
 
@@ -78,7 +78,7 @@ async def _seen(views: Views, since: float, is_it: Callable[[View], bool], withi
 
 async def run_faults(url: str, run_dir: Path, actions: list[str]) -> list[Fault]:
     """One after the other, each in a whole group again, far enough apart that their windows do not overlap."""
-    address = MonitorAddress.parse(read_description(run_dir).monitor_address)
+    address = monitor_address(run_dir)
     faults = []
     async with watch_views(address) as views:
         with FaultClient(address) as bus:

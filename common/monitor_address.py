@@ -1,6 +1,10 @@
-"""One address configures a process: the monitor's four ports lie side by side."""
+"""One address configures a process: the monitor's four ports lie side by side. With it goes the cluster's key."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from common.cluster_key import ClusterKey
+
+_ALL_INTERFACES, _LOOPBACK = "*", "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -9,14 +13,15 @@ class MonitorAddress:
 
     host: str
     port: int
+    key: ClusterKey | None = field(default=None, repr=False)
 
     @classmethod
-    def parse(cls, text: str) -> "MonitorAddress":
+    def parse(cls, text: str, key: ClusterKey | None = None) -> "MonitorAddress":
         """``HOST:PORT``; raises ValueError that says so."""
         host, _, port = text.removeprefix("tcp://").rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 65533:
             raise ValueError(f"monitor address must be HOST:PORT with a port below 65533, got {text!r}")
-        return cls(host, int(port))
+        return cls(host, int(port), key)
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
@@ -36,3 +41,12 @@ class MonitorAddress:
     @property
     def subscribe(self) -> str:
         return f"tcp://{self.host}:{self.port + 3}"
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def interface_for(host: str) -> str:
+    """Where a process listens that others reach as ``host``: a name that only this machine knows needs no more."""
+    return _LOOPBACK if is_loopback(host) else _ALL_INTERFACES

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import zmq.asyncio
 
 from common.allegiance import Allegiance
+from common.cluster_key import CHALLENGE_BYTES
+from common.handshakes import Refusal as FailedHandshake
 from common.heartbeat import HeartbeatThread
 from common.ids import ProcessId
 from common.messages import (
@@ -30,9 +32,11 @@ from common.messages import (
 )
 from common.monitor_address import MonitorAddress
 from common.service_runner import OperatorError
-from common.transport import Link
+from common.transport import Link, secure
 
 _HELLO_AGAIN_S = 0.5
+_CHALLENGE_S = 5.0
+_MANY_FAILURES = 20
 _RECONNECT_S = 0.02  # shorter than the suspicion that a closed lifeline raises
 
 log = logging.getLogger("regrow.monitor_client")
@@ -59,13 +63,14 @@ class MonitorClient:
             beat,
             on_message,
         )
-        self._link = Link(context, process, address.control)
+        self._link = Link(context, process, address.control, is_watched=True)
         self._allegiance = Allegiance()
         self._directory_version = 0
         self.num_words = 0  # accepted messages and heartbeat replies: silence is when it stands still
         self._welcomed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         sync_context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(context.underlying)
+        secure(sync_context, address.key)
         self._heartbeats = HeartbeatThread(
             sync_context, process, address.control, heartbeat_s, beat, self._hand_reply_to_loop
         )
@@ -99,6 +104,7 @@ class MonitorClient:
                 group.create_task(self._receive())
                 group.create_task(self._greet())
                 group.create_task(self._hold_lifeline())
+                group.create_task(self._watch_handshakes())
         except* OperatorError as group_error:
             raise group_error.exceptions[0] from None
         finally:
@@ -163,11 +169,32 @@ class MonitorClient:
     async def _hold_lifeline(self) -> None:
         """A plain TCP stream that the kernel closes when this process dies, however it dies."""
         while True:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, EOFError, TimeoutError):
                 reader, writer = await asyncio.open_connection(self._address.host, self._address.lifeline_port)
                 try:
-                    writer.write(self._process.encode() + b"\n")
+                    writer.write(await self._lifeline_opening(reader))
                     await reader.read()  # returns when the monitor is gone
                 finally:
                     writer.close()
             await asyncio.sleep(_RECONNECT_S)
+
+    async def _lifeline_opening(self, reader: asyncio.StreamReader) -> bytes:
+        """The name of this process; in a cluster with a key, with the answer to the monitor's challenge."""
+        key = self._address.key
+        if key is None:
+            return self._process.encode() + b"\n"
+        async with asyncio.timeout(_CHALLENGE_S):
+            challenge = await reader.readexactly(CHALLENGE_BYTES)
+        return f"{self._process} {key.proof(challenge, self._process)}\n".encode()
+
+    async def _watch_handshakes(self) -> None:
+        """Keys are a matter of configuration: waiting does not mend what is wrong with them."""
+        num_failed = 0
+        assert self._link.failed_handshakes is not None
+        async for failed in self._link.failed_handshakes:
+            if failed is FailedHandshake.NO_COMMON_MECHANISM:
+                which = "has no key, but this process was given one" if self._address.key else "asks for a key"
+                raise OperatorError(f"the monitor at {self._address} {which}: give all processes the same --key-file")
+            num_failed += 1
+            if num_failed % _MANY_FAILURES == 0:
+                log.warning("the monitor at %s hangs up in the handshake: is this its --key-file?", self._address)

@@ -6,9 +6,10 @@ itself reads them from ``--config``.
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from common.cluster_key import ClusterKey, read_key
 from common.ids import ProcessId
 from common.monitor_address import MonitorAddress
 
@@ -30,6 +31,7 @@ class ProcessArgs:
     heap_dir: Path
     port: int  # router: HTTP; others: 0, any free port. The monitor's own port is in monitor_address
     run_dir: Path | None
+    admin_token_file: Path | None = None  # router: who may scale and drain over HTTP
 
     def command_line(self) -> list[str]:
         """The options that `parse_process_args` turns into this value."""
@@ -46,6 +48,10 @@ class ProcessArgs:
             options += ["--config", str(self.config)]
         if self.run_dir is not None:
             options += ["--run-dir", str(self.run_dir)]
+        if self.monitor_address.key is not None:
+            options += ["--key-file", str(self.monitor_address.key.path)]
+        if self.admin_token_file is not None:
+            options += ["--admin-token-file", str(self.admin_token_file)]
         return options
 
 
@@ -61,13 +67,15 @@ def process_parser(kind: str) -> argparse.ArgumentParser:
     parser.add_argument("--heap-dir", type=Path, default=DEFAULT_HEAP_DIR)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--run-dir", type=Path)
+    parser.add_argument("--key-file", type=_key, metavar="FILE", help="the key of the cluster; without one it is open")
+    parser.add_argument("--admin-token-file", type=Path, metavar="FILE", help="router: the bearer token for /admin")
     return parser
 
 
 def process_args(kind: str, options: argparse.Namespace) -> ProcessArgs:
     return ProcessArgs(
         kind=kind,
-        monitor_address=options.monitor_address,
+        monitor_address=replace(options.monitor_address, key=options.key_file),
         host=options.host,
         name=options.name,
         process_id=ProcessId(options.process_id),
@@ -76,6 +84,7 @@ def process_args(kind: str, options: argparse.Namespace) -> ProcessArgs:
         heap_dir=options.heap_dir,
         port=options.port,
         run_dir=options.run_dir,
+        admin_token_file=options.admin_token_file,
     )
 
 
@@ -87,5 +96,12 @@ def parse_process_args(kind: str, arguments: Sequence[str] | None = None) -> Pro
 def _monitor_address(text: str) -> MonitorAddress:
     try:
         return MonitorAddress.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _key(text: str) -> ClusterKey:
+    try:
+        return read_key(Path(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None

@@ -2,19 +2,29 @@
 
 Sends never block and never raise on a slow or dead peer: what cannot be queued is dropped and counted, because every
 protocol above survives loss. Identities are process ids; a process that reconnects takes its identity over.
+
+With a cluster key every socket speaks CURVE: encrypted, and nobody without the key gets past the handshake, in either
+direction (docs/decisions/0006-one-key-per-cluster.md).
 """
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import zmq
 import zmq.asyncio
+from zmq.utils import z85
 
+from common.cluster_key import ClusterKey
+from common.handshakes import FailedHandshakes
 from common.ids import ProcessId
 from common.messages import MalformedMessage, Message, decode, encode
 
 _HIGH_WATER_MARK = 100_000
+log = logging.getLogger("regrow.transport")
+
 Buffer = bytes | memoryview
 
 
@@ -27,6 +37,38 @@ class Incoming:
     frames: Sequence[memoryview]
 
 
+def open_context(key: ClusterKey | None) -> zmq.asyncio.Context:
+    context = zmq.asyncio.Context()
+    secure(context, key)
+    return context
+
+
+def secure(context: "zmq.Context[Any]", key: ClusterKey | None) -> None:
+    """Sockets that ``context`` makes from now on are CURVE clients with the key pair of the cluster, servers once they
+    have gone through `listen`. Shadows of the context need the same call."""
+    if key is None:
+        return
+    if not zmq.has("curve"):
+        raise ValueError("a key file was given, but this build of ZeroMQ knows no CURVE; install pyzmq from its wheels")
+    secret = z85.encode(key.secret)
+    public = zmq.curve_public(secret)
+    options = ((zmq.CURVE_SECRETKEY, secret), (zmq.CURVE_PUBLICKEY, public), (zmq.CURVE_SERVERKEY, public))
+    context.sockopts.update(options)
+
+
+def listen(socket: "zmq.Socket[Any]", port: int, interface: str) -> int:
+    """Binds to ``port`` (0 = any free one) of ``interface`` ("*" = all); returns the port. Raises ValueError when it
+    is in use."""
+    if socket.context.sockopts.get(zmq.CURVE_SERVERKEY):
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+        assert socket.getsockopt(zmq.MECHANISM) == zmq.CURVE
+    try:
+        socket.bind(f"tcp://{interface}:{port or '*'}")
+    except zmq.ZMQError as error:
+        raise ValueError(f"cannot listen on port {port}: {error.strerror}") from None
+    return int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+
+
 class _Socket:
     """What both kinds of socket share: counters, non-blocking sends, closing without linger."""
 
@@ -34,6 +76,7 @@ class _Socket:
         self._socket = context.socket(kind)
         self._socket.linger = 0
         self._socket.sndhwm = self._socket.rcvhwm = _HIGH_WATER_MARK
+        self.failed_handshakes: FailedHandshakes | None = None
         self.num_dropped = 0
         self.num_malformed = 0
 
@@ -58,23 +101,32 @@ class _Socket:
                 self.num_malformed += 1
 
     def close(self) -> None:
+        if self.failed_handshakes is not None:
+            self.failed_handshakes.close()
         self._socket.close(0)
 
 
 class Endpoint(_Socket):
     """A bound ROUTER socket."""
 
-    def __init__(self, context: zmq.asyncio.Context, port: int = 0) -> None:
-        """Binds all interfaces on ``port`` (0 = any free one). Raises ValueError when the port is in use."""
+    def __init__(self, context: zmq.asyncio.Context, port: int = 0, interface: str = "127.0.0.1") -> None:
+        """Listens on ``port`` (0 = any free one). Raises ValueError when the port is in use."""
         super().__init__(context, zmq.ROUTER)
         self._socket.router_handover = True
+        self.num_refused = 0
+        self.failed_handshakes: FailedHandshakes = FailedHandshakes(self._socket)
         try:
-            self._socket.bind(f"tcp://*:{port}" if port else "tcp://*:*")
-        except zmq.ZMQError as error:
+            self.port = listen(self._socket, port, interface)
+        except ValueError:
             self.close()
-            raise ValueError(f"cannot listen on port {port}: {error.strerror}") from None
-        bound = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.port = int(bound.rpartition(":")[2])
+            raise
+
+    async def watch_strangers(self) -> None:
+        """Counts those who were not let in, and says so. Runs until cancelled."""
+        async for refusal in self.failed_handshakes.strangers():
+            self.num_refused += 1
+            if self.num_refused & (self.num_refused - 1) == 0:  # a stranger must not fill the disk
+                log.warning("port %d did not let %d strangers in: %s", self.port, self.num_refused, refusal.value)
 
     def address(self, host: str) -> str:
         """The address under which others reach this endpoint on ``host``."""
@@ -91,9 +143,14 @@ class Endpoint(_Socket):
 class Link(_Socket):
     """A DEALER socket connected to one endpoint."""
 
-    def __init__(self, context: zmq.asyncio.Context, identity: ProcessId, address: str) -> None:
+    """``is_watched``: somebody reads ``failed_handshakes``."""
+
+    def __init__(
+        self, context: zmq.asyncio.Context, identity: ProcessId, address: str, is_watched: bool = False
+    ) -> None:
         super().__init__(context, zmq.DEALER)
         self.address = address
+        self.failed_handshakes = FailedHandshakes(self._socket) if is_watched else None
         self._socket.setsockopt_string(zmq.IDENTITY, identity)
         self._socket.reconnect_ivl, self._socket.reconnect_ivl_max = 20, 500
         self._socket.connect(address)

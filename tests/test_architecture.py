@@ -24,6 +24,7 @@ GRAPH = ImportGraph.read(ROOT)
 
 SHELLS = (
     "common/bus.py",
+    "common/handshakes.py",
     "common/heartbeat.py",
     "common/monitor_client.py",
     "common/service_runner.py",

@@ -29,6 +29,7 @@ from common.monitor_client import MonitorClient
 from common.process_args import CHILDREN_FILE, ProcessArgs
 from common.process_table import open_pidfd, processes_of, send_signal, state_of
 from common.service_runner import OperatorError
+from common.transport import open_context
 from services.agent import child_process, signal_requests, supervisor
 from services.agent.exit_reports import ExitReports
 from services.agent.signal_requests import Answer, Deliver, SignalRequests
@@ -191,6 +192,7 @@ class AgentService:
             heap_dir=self._args.heap_dir,
             port=self._args.port if spawn.kind == "router" else 0,
             run_dir=self._args.run_dir,
+            admin_token_file=self._args.admin_token_file if spawn.kind == "router" else None,
         )
         log_path = self._log_path(spawn.name)
         self._log_starts[spawn.name] = log_path.stat().st_size if log_path and log_path.exists() else 0
@@ -297,7 +299,7 @@ async def serve(args: ProcessArgs, names: Sequence[str], stop_at_eof: bool, stop
 
     if stop_at_eof:
         loop.add_reader(0, on_input)
-    with zmq.asyncio.Context() as context:
+    with open_context(args.monitor_address.key) as context:
         await AgentService(args, names, context).serve(stop)
     if args.run_dir is not None:
         with contextlib.suppress(OSError):

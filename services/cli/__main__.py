@@ -1,5 +1,6 @@
 """``regrow``: the commands and their options. Each command's work is in a file of its own, imported when it runs."""
 
+import secrets
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +21,13 @@ RunDir = Annotated[Path, typer.Option(help="Directory of the cluster.")]
 Url = Annotated[str, typer.Option(help="Address of the router; empty: that of the cluster in the run directory.")]
 Publish = Annotated[str, typer.Option(metavar="HOST:PORT", help="Bus address for publishers, in place of --run-dir.")]
 Subscribe = Annotated[str, typer.Option(metavar="HOST:PORT", help="Bus address for subscribers, likewise.")]
+KeyFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", envvar="REGROW_KEY_FILE", help="The key of the cluster, if it has one.")
+]
+AdminTokenFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Holds the bearer token for /admin; or set REGROW_ADMIN_TOKEN."),
+]
 _RUN_DIR = Path(".regrow")
 
 
@@ -32,12 +40,18 @@ def up(
     run_dir: RunDir = _RUN_DIR,
     config: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="See common/config.py.")] = None,
     model: Annotated[Path | None, typer.Option(metavar="DIR", help="Hugging Face directory.")] = None,
+    secure: Annotated[bool, typer.Option("--secure", help="With a key of its own, kept in the run directory.")] = False,
+    key_file: KeyFile = None,
+    admin_token_file: AdminTokenFile = None,
 ) -> None:
     """Start a cluster on this machine; Ctrl-C stops it."""
     from services.cli.up import UpOptions
     from services.cli.up import up as run_up
 
-    raise typer.Exit(run_up(UpOptions(decode_ranks, prefill_workers, port, host, run_dir, config, model)))
+    options = UpOptions(
+        decode_ranks, prefill_workers, port, host, run_dir, config, model, secure, key_file, admin_token_file
+    )
+    raise typer.Exit(run_up(options))
 
 
 @app.command()
@@ -48,11 +62,26 @@ def agent(
     config: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="For the monitor.")] = None,
     heap_dir: Annotated[Path, typer.Option(help="A tmpfs that all decode ranks share.")] = DEFAULT_HEAP_DIR,
     port: Annotated[int, typer.Option(help="HTTP port of a router.")] = 8000,
+    key_file: KeyFile = None,
+    admin_token_file: AdminTokenFile = None,
 ) -> None:
     """Run one process of a cluster, as the first process of a container."""
     from services.cli.container_agent import ContainerOptions, run_agent
 
-    run_agent(ContainerOptions(role, monitor_address, host, config, heap_dir, port))
+    run_agent(ContainerOptions(role, monitor_address, host, config, heap_dir, port, key_file, admin_token_file))
+
+
+keys = typer.Typer(help="The secret that keeps strangers out of a cluster.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+
+
+@keys.command("new")
+def new_key(file: Annotated[Path, typer.Argument(metavar="FILE", help="Must not exist yet.")]) -> None:
+    """Make a key file; give it to every process and every command with --key-file."""
+    from common.cluster_key import SECRET_BYTES, write_key
+
+    write_key(file, secrets.token_bytes(SECRET_BYTES))
+    print(f"wrote {file}; whoever can read it commands the cluster")
 
 
 @app.command()
@@ -63,12 +92,13 @@ def fault(
     run_dir: RunDir = _RUN_DIR,
     publish: Publish = "",
     subscribe: Subscribe = "",
+    key_file: KeyFile = None,
 ) -> None:
     """Inject a fault over the bus; exits 0 only with proof that it took effect."""
     from services.cli.fault import fault as run_fault
     from services.cli.run_directory import bus_address
 
-    raise typer.Exit(run_fault(bus_address(run_dir, publish, subscribe), action, rank, process))
+    raise typer.Exit(run_fault(bus_address(run_dir, publish, subscribe, key_file), action, rank, process))
 
 
 @app.command()
@@ -77,12 +107,13 @@ def drain(
     run_dir: RunDir = _RUN_DIR,
     publish: Publish = "",
     subscribe: Subscribe = "",
+    key_file: KeyFile = None,
 ) -> None:
     """Move a rank's requests away and take it out of the group; its process stays, without work, until undrain."""
     from services.cli.fault import fault as run_fault
     from services.cli.run_directory import bus_address
 
-    raise typer.Exit(run_fault(bus_address(run_dir, publish, subscribe), "drain", rank, None))
+    raise typer.Exit(run_fault(bus_address(run_dir, publish, subscribe, key_file), "drain", rank, None))
 
 
 @app.command()
@@ -91,12 +122,13 @@ def undrain(
     run_dir: RunDir = _RUN_DIR,
     publish: Publish = "",
     subscribe: Subscribe = "",
+    key_file: KeyFile = None,
 ) -> None:
     """Take a drained rank back into the group."""
     from services.cli.fault import fault as run_fault
     from services.cli.run_directory import bus_address
 
-    raise typer.Exit(run_fault(bus_address(run_dir, publish, subscribe), "undrain", rank, None))
+    raise typer.Exit(run_fault(bus_address(run_dir, publish, subscribe, key_file), "undrain", rank, None))
 
 
 @app.command()
@@ -108,12 +140,13 @@ def scale(
     run_dir: RunDir = _RUN_DIR,
     publish: Publish = "",
     subscribe: Subscribe = "",
+    key_file: KeyFile = None,
 ) -> None:
     """Make the group larger or smaller while it serves; returns when every rank is in the view of that size."""
     from services.cli.fault import scale as run_scale
     from services.cli.run_directory import bus_address
 
-    raise typer.Exit(run_scale(bus_address(run_dir, publish, subscribe), decode_ranks, prefill))
+    raise typer.Exit(run_scale(bus_address(run_dir, publish, subscribe, key_file), decode_ranks, prefill))
 
 
 @app.command()
@@ -133,13 +166,14 @@ def events(
     run_dir: RunDir = _RUN_DIR,
     publish: Publish = "",
     subscribe: Subscribe = "",
+    key_file: KeyFile = None,
 ) -> None:
     """Show the last events, or every one from now on."""
     from services.cli.cluster_state import follow_events, show_events
     from services.cli.run_directory import bus_address
 
     if follow:
-        raise typer.Exit(follow_events(bus_address(run_dir, publish, subscribe)))
+        raise typer.Exit(follow_events(bus_address(run_dir, publish, subscribe, key_file)))
     raise typer.Exit(show_events(_url(url, run_dir)))
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from common.monitor_address import MonitorAddress
 from common.service_runner import OperatorError
+from common.transport import secure
 
 _HTTP_S = 10.0
 _RANK_COLUMNS = ("rank", "state", "incarnation", "pid", "host", "running", "waiting", "kv_used", "rounds")
@@ -69,7 +70,9 @@ def show_events(url: str) -> int:
 
 def follow_events(address: MonitorAddress) -> int:
     """Every event from now on, until interrupted."""
-    with zmq.Context() as context, context.socket(zmq.SUB) as subscriber:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    secure(context, address.key)
+    with context, context.socket(zmq.SUB) as subscriber:
         subscriber.linger = 0
         subscriber.subscribe(b"event")
         subscriber.connect(address.subscribe)

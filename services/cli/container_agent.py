@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import SystemRandom
 
+from common.cluster_key import read_key
 from common.ids import make_process_id
 from common.monitor_address import MonitorAddress
 from common.process_args import ProcessArgs
@@ -25,13 +26,16 @@ class ContainerOptions:
     config: Path | None
     heap_dir: Path
     port: int
+    key_file: Path | None
+    admin_token_file: Path | None
 
 
 def run_agent(options: ContainerOptions) -> None:
     """Does not return. Raises OperatorError on options that make no sense."""
     if options.role not in ROLES:
         raise OperatorError(f"unknown role {options.role!r}; the roles are {', '.join(ROLES)}")
-    monitor = MonitorAddress.parse(options.monitor_address)
+    key = read_key(options.key_file) if options.key_file is not None else None
+    monitor = MonitorAddress.parse(options.monitor_address, key)
     host = options.host or _address_towards(monitor)
     # Several agents may share a machine; a container has one, and keeps its name when it is started again.
     place = socket.gethostname() if os.getpid() == 1 else f"{socket.gethostname()}-{os.getpid()}"
@@ -47,6 +51,7 @@ def run_agent(options: ContainerOptions) -> None:
         heap_dir=options.heap_dir,
         port=options.port,
         run_dir=None,
+        admin_token_file=options.admin_token_file,
     )
     command = agent_command(args, [f"{options.role}-{place}"])
     os.execve(command[0], command, agent_environment())

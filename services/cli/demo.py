@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.fault_answers import proof_of
 from common.messages import View
-from common.monitor_address import MonitorAddress
 from services.cli.chat_client import Stream, model_name, new_session, run_streams
 from services.cli.cluster_state import fetch_cluster
-from services.cli.fault import FaultClient, fault_event, proof_of
-from services.cli.run_directory import read_description
+from services.cli.fault import FaultClient, fault_event
+from services.cli.run_directory import monitor_address
 from services.cli.temporary_cluster import ClusterDidNotStart, temporary_cluster
 from services.cli.view_watch import watch_views
 
@@ -80,7 +80,7 @@ async def _show(options: DemoOptions, url: str, run_dir: Path) -> int:
         raise DemoFailed(f"a request failed without any fault: {failed[0]}")
     actual = [Stream(body) for body in bodies]
     _say("the same requests again, and a kill in the middle")
-    address = MonitorAddress.parse(read_description(run_dir).monitor_address)
+    address = monitor_address(run_dir)
     async with watch_views(address) as views:
         show = _Show(url, FaultClient(address), expected, actual, views)
         async with asyncio.TaskGroup() as group:

@@ -9,12 +9,9 @@ import msgspec
 import zmq
 
 from common.fault import parse_fault
+from common.fault_answers import DEADLINE_S, REPEAT_S, SCALE_DEADLINE_S, final_answer, proof_of
 from common.monitor_address import MonitorAddress
-
-_REPEAT_S = 0.1
-_FINAL = ("done", "failed", "refused")
-DEADLINE_S = 45.0
-SCALE_DEADLINE_S = 150.0  # longer than the monitor's own, which says what is missing
+from common.transport import secure
 
 
 def fault_event(action: str, rank: int | None, process: str | None) -> dict[str, object]:
@@ -41,7 +38,9 @@ class FaultClient:
     """A connection to the bus. The longer it exists before the first fault, the surer that the first message counts."""
 
     def __init__(self, address: MonitorAddress) -> None:
-        self._address, self._context = address, zmq.Context()
+        self._address = address
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        secure(self._context, address.key)
         self._publisher, self._subscriber = self._context.socket(zmq.PUB), self._context.socket(zmq.SUB)
         self._subscriber.subscribe(b"event")
         self._subscriber.connect(address.subscribe)
@@ -61,32 +60,15 @@ class FaultClient:
         deadline, payload = time.monotonic() + deadline_s, msgspec.msgpack.encode(event)
         while time.monotonic() < deadline:
             self._publisher.send_multipart([b"fault", payload])
-            repeat_at = time.monotonic() + _REPEAT_S
+            repeat_at = time.monotonic() + REPEAT_S
             while (left_s := repeat_at - time.monotonic()) > 0 and self._subscriber.poll(int(left_s * 1000) + 1):
-                answer = _answer(self._subscriber.recv_multipart(), event["id"])
+                answer = final_answer(self._subscriber.recv_multipart()[-1], event["id"])
                 if answer is not None:
                     return answer
-        raise TimeoutError(f"no acknowledgement from the bus at {self._address.subscribe} within {deadline_s:.0f} s")
-
-
-def _answer(frames: list[bytes], identifier: object) -> dict[str, Any] | None:
-    """The event when it says how the fault with this id ended."""
-    try:
-        event = msgspec.msgpack.decode(frames[-1])
-    except msgspec.DecodeError:
-        return None
-    is_final = (
-        isinstance(event, dict)
-        and event.get("kind") == "fault"
-        and event.get("id") == identifier
-        and event.get("status") in _FINAL
-    )
-    return event if is_final else None
-
-
-def proof_of(answer: Mapping[str, Any]) -> str:
-    """What was seen, or why nothing was done."""
-    return str(answer.get("proof") or answer.get("error", ""))
+        hint = "is this its key?" if self._address.key else "if the cluster has a key, name it with --key-file"
+        raise TimeoutError(
+            f"no acknowledgement from the bus at {self._address.subscribe} within {deadline_s:.0f} s; {hint}"
+        )
 
 
 def fault(address: MonitorAddress, action: str, rank: int | None, process: str | None) -> int:

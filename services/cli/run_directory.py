@@ -3,6 +3,7 @@
 RUN_DIR/lock           held (flock) by the `regrow up` that lives here; the kernel lets go of it, whatever happens
 RUN_DIR/cluster.json   addresses, for other commands
 RUN_DIR/config.toml    the configuration in force
+RUN_DIR/cluster.key    the secret of a cluster started with --secure
 RUN_DIR/children.json  numbers of decode ranks and prefill workers, once `regrow scale` has changed them
 RUN_DIR/logs/NAME.log
 /dev/shm/regrow-HASH/  heaps of the ranks; HASH is that of the run directory's path
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 
+from common.cluster_key import read_key
 from common.monitor_address import MonitorAddress
 from common.process_args import CHILDREN_FILE
 from common.process_table import open_pidfd, processes_of, send_signal
@@ -38,6 +40,7 @@ class ClusterDescription(msgspec.Struct, frozen=True):
     publish: str
     subscribe: str
     heap_dir: str
+    key_file: str = ""  # empty: the sockets are open to everybody on this machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,11 @@ class RunDirectory:
     @property
     def config(self) -> Path:
         return self.path / "config.toml"
+
+    @property
+    def key(self) -> Path:
+        """Of ``regrow up --secure``; it is kept for the next cluster here."""
+        return self.path / "cluster.key"
 
     @property
     def agent_log(self) -> Path:
@@ -123,12 +131,20 @@ def read_description(run_dir: Path) -> ClusterDescription:
         raise OperatorError(f"{path} is damaged: {error}") from None
 
 
-def bus_address(run_dir: Path, publish: str, subscribe: str) -> MonitorAddress:
+def monitor_address(run_dir: Path) -> MonitorAddress:
+    """Of the cluster that runs there, with its key. Raises ValueError when there is none, or its key cannot be read."""
+    description = read_description(run_dir)
+    key = read_key(Path(description.key_file)) if description.key_file else None
+    return MonitorAddress.parse(description.monitor_address, key)
+
+
+def bus_address(run_dir: Path, publish: str, subscribe: str, key_file: Path | None = None) -> MonitorAddress:
     """Of the cluster at ``publish`` and ``subscribe`` (both or neither), else of the one in ``run_dir``."""
     if not publish and not subscribe:
-        return MonitorAddress.parse(read_description(run_dir).monitor_address)
+        return monitor_address(run_dir)
     address = MonitorAddress.parse(publish or subscribe)
-    base = MonitorAddress(address.host, address.port - (2 if publish else 3))
+    key = read_key(key_file) if key_file is not None else None
+    base = MonitorAddress(address.host, address.port - (2 if publish else 3), key)
     if subscribe and base.subscribe != f"tcp://{subscribe.removeprefix('tcp://')}":
         raise OperatorError(
             f"--publish {publish} and --subscribe {subscribe} are not of one bus: subscribe is publish + 1"

@@ -13,6 +13,7 @@ import ctypes
 import http.client
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -24,9 +25,11 @@ from random import SystemRandom
 
 import msgspec
 
+from common.admin_token import VARIABLE, read_admin_token
+from common.cluster_key import SECRET_BYTES, ClusterKey, read_key, write_key
 from common.config import ClusterConfig, load_config, validate
 from common.ids import make_process_id
-from common.monitor_address import MonitorAddress
+from common.monitor_address import MonitorAddress, is_loopback
 from common.process_args import ProcessArgs
 from common.service_runner import OperatorError
 from services.cli.free_ports import pick_monitor_port, require_free
@@ -38,6 +41,10 @@ _POLL_S = 0.1
 _AGENT_RESTART_S = 0.2
 _MAX_AGENT_DEATHS = 8
 _PR_SET_CHILD_SUBREAPER = 36
+OPEN_WARNING = (
+    "WARNING: other machines can reach the bus and the monitor, and nothing asks who they are: anybody may kill ranks "
+    "and read prompts. Start with --secure, or with --key-file on several hosts."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +58,9 @@ class UpOptions:
     run_dir: Path
     config: Path | None
     model: Path | None
+    secure: bool = False  # with the key of the run directory
+    key_file: Path | None = None
+    admin_token_file: Path | None = None
 
 
 class ClusterFailed(Exception):
@@ -75,6 +85,17 @@ def effective_config(options: UpOptions) -> ClusterConfig:
     return config
 
 
+def cluster_key(options: UpOptions, run_directory: RunDirectory) -> ClusterKey | None:
+    """Raises ValueError on a key file that cannot be used."""
+    if options.key_file is not None:
+        return read_key(options.key_file)
+    if not options.secure:
+        return None
+    if run_directory.key.exists():
+        return read_key(run_directory.key)
+    return write_key(run_directory.key, secrets.token_bytes(SECRET_BYTES))
+
+
 def child_names(config: ClusterConfig) -> list[str]:
     return [
         "monitor",
@@ -94,6 +115,7 @@ def up(options: UpOptions) -> int:
         if ended := run_directory.remove_left_over():
             print(f"ended {ended} processes of an earlier run in {run_directory.path}", file=sys.stderr)
         require_free(options.port)
+        read_admin_token(options.admin_token_file, os.environ.get(VARIABLE, ""))
         cluster = _Cluster(options, config, run_directory)
         try:
             return cluster.run()
@@ -109,7 +131,8 @@ def up(options: UpOptions) -> int:
 class _Cluster:
     def __init__(self, options: UpOptions, config: ClusterConfig, run_directory: RunDirectory) -> None:
         self._options, self._config, self._directory = options, config, run_directory
-        self._monitor = MonitorAddress(options.host, pick_monitor_port(SystemRandom(), options.port))
+        port = pick_monitor_port(SystemRandom(), options.port)
+        self._monitor = MonitorAddress(options.host, port, cluster_key(options, run_directory))
         self._url = f"http://{options.host}:{options.port}"
         self._deaths: list[float] = []
         self._log_start = 0
@@ -125,11 +148,16 @@ class _Cluster:
                 self._monitor.publish,
                 self._monitor.subscribe,
                 str(self._directory.heap_dir),
+                str(self._monitor.key.path) if self._monitor.key else "",
             )
         )
         _become_subreaper()
         agent, ready_by, is_ready = self._start_agent(), time.monotonic() + _READY_S, False
         print(f"bus: publish {self._monitor.publish}, subscribe {self._monitor.subscribe}", flush=True)
+        if self._monitor.key is not None:
+            print(f"key: {self._monitor.key.path}", flush=True)
+        elif not is_loopback(self._options.host):
+            print(OPEN_WARNING, file=sys.stderr, flush=True)
         print(f"logs: {self._directory.path / 'logs'}", flush=True)
         while signal.sigtimedwait(_stop_signals(), _POLL_S) is None:
             if agent.poll() is not None:
@@ -157,6 +185,7 @@ class _Cluster:
             heap_dir=self._directory.heap_dir,
             port=self._options.port,
             run_dir=self._directory.path,
+            admin_token_file=self._options.admin_token_file,
         )
         with self._directory.agent_log.open("ab") as log:
             self._log_start = log.tell()

@@ -5,18 +5,17 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 
-import zmq.asyncio
-
 from common.bus import BusSubscriber
 from common.messages import View
 from common.monitor_address import MonitorAddress
+from common.transport import open_context
 
 
 @contextlib.asynccontextmanager
 async def watch_views(address: MonitorAddress) -> AsyncIterator[list[tuple[float, View]]]:
     """A list that grows by (monotonic seconds, view) with every view on the bus."""
     views: list[tuple[float, View]] = []
-    with zmq.asyncio.Context() as context:
+    with open_context(address.key) as context:
         subscriber = BusSubscriber(context, address, ("view",))
 
         async def receive() -> None:

@@ -29,9 +29,10 @@ from common.messages import (
     Wake,
     Welcome,
 )
+from common.monitor_address import interface_for
 from common.monitor_client import MonitorClient
 from common.process_args import ProcessArgs
-from common.transport import Endpoint, Link
+from common.transport import Endpoint, Link, open_context
 from services.decode import actions
 from services.decode.actions import Action
 from services.decode.rank_heap import heap_name
@@ -52,9 +53,9 @@ class DecodeService:
         """Runs until ``stop``. Raises ValueError when the checkpoint or the heap directory cannot be used."""
         # Exact bits assume one thread (common/model/row_blocks.py), and ranks share the cores anyway.
         torch.set_num_threads(1)
-        loop, context = asyncio.get_running_loop(), zmq.asyncio.Context()
+        loop, context = asyncio.get_running_loop(), open_context(self._args.monitor_address.key)
         ended: asyncio.Future[BaseException | None] = loop.create_future()
-        self._endpoint = Endpoint(context, self._args.port)
+        self._endpoint = Endpoint(context, self._args.port, interface_for(self._args.host))
         self._publisher = BusPublisher(context, self._args.monitor_address)
         self._subscriber = BusSubscriber(context, self._args.monitor_address, ("view",))
         self._links = _Links(context, self._process)
@@ -81,7 +82,12 @@ class DecodeService:
         stopping = asyncio.ensure_future(stop.wait())
         tasks: list[asyncio.Future[Any]] = [
             asyncio.ensure_future(work)
-            for work in (self._client.run(), self._receive_from_peers(), self._receive_from_bus())
+            for work in (
+                self._client.run(),
+                self._receive_from_peers(),
+                self._receive_from_bus(),
+                self._endpoint.watch_strangers(),
+            )
         ]
         try:
             awaited: list[asyncio.Future[Any]] = [stopping, ended, *tasks]
@@ -135,7 +141,10 @@ class DecodeService:
 
     def _beat(self) -> Heartbeat:
         stream = self._stream
-        counters = stream.counters() | {"malformed_messages": self._endpoint.num_malformed}
+        counters = stream.counters() | {
+            "malformed_messages": self._endpoint.num_malformed,
+            "strangers_refused": self._endpoint.num_refused,
+        }
         return stream.status.heartbeat(self._process, self._client.term, stream.progress, stream.waits_for, counters)
 
     def _send_all(self, out: Iterable[Action | ExpertLoad]) -> None:

@@ -11,6 +11,7 @@ from services.monitor.group import Group
 from services.monitor.processes import Process, ProcessTable
 from services.monitor.sizing import Sizing
 from services.monitor.slots import Slot, SlotState, SlotTable
+from services.monitor.strangers import Strangers
 
 _RANK_COUNTERS = ("running", "waiting", "rounds", "void_rounds", "tokens_committed", "prompt_tokens_computed")
 _PREFILL_COUNTERS = ("prompt_tokens_computed", "prefix_hits", "prefix_tokens_saved", "prefix_bytes")
@@ -30,10 +31,11 @@ class ClusterStatus:
         directory: DirectoryKeeper,
         load: LoadWindow,
         events: EventLog,
+        strangers: Strangers,
     ) -> None:
         self._sizing, self._myself, self._bus = sizing, myself, bus
         self._table, self._slots, self._group = table, slots, group
-        self._directory, self._load, self._events = directory, load, events
+        self._directory, self._load, self._events, self._strangers = directory, load, events, strangers
 
     def body(self, phase: str, term: int, now: float) -> str:
         view = self._group.current
@@ -53,6 +55,7 @@ class ClusterStatus:
             "services": self._services(now),
             "bus": self._bus,
             "placement": placement,
+            "strangers_refused": self._strangers.num_refused,
             "events": self._events.kept(),
         }
         return json.dumps(status)

@@ -42,6 +42,7 @@ from services.monitor.processes import Process, ProcessTable, has_moved_on
 from services.monitor.recovery import recover
 from services.monitor.sizing import Sizing
 from services.monitor.slots import SlotState, SlotTable
+from services.monitor.strangers import Strangers
 from services.monitor.takeover import Phase, Takeover
 from services.monitor.terms import EpochCounter
 from services.monitor.ticks import TickClock
@@ -91,9 +92,11 @@ class Monitor:
         self._takeover = Takeover(settings, self.counter, self.table, self._clock, now)
         self.directory = DirectoryKeeper(myself, self.table, self.slots, self.group)
         self._load = LoadWindow(num_moe_layers, num_logical_experts)
+        self._strangers = Strangers(self._outbox)
         self._status = ClusterStatus(
-            self.sizing, myself, bus or {}, self.table, self.slots, self.group, self.directory, self._load, self.events
-        )
+            self.sizing, myself, bus or {}, self.table, self.slots, self.group, self.directory, self._load, self.events,
+            self._strangers,
+        )  # fmt: skip
         self._given_up: dict[ProcessId, int] = {}
 
     @property
@@ -146,6 +149,11 @@ class Monitor:
             self._faults.on_fault(payload, now)
         else:
             self._faults.defer(payload, now)
+        return self._settle(now)
+
+    def on_stranger(self, door: str, reason: str, now: float) -> list[Action]:
+        """Somebody without the key of the cluster was refused at one of the monitor's sockets."""
+        self._strangers.on_stranger(door, reason, now)
         return self._settle(now)
 
     def on_load(self, load: ExpertLoad, now: float) -> None:

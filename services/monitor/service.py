@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import logging
 import os
+import secrets
 import time
 from pathlib import Path
 from random import SystemRandom
@@ -14,14 +15,16 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from common.cluster_key import CHALLENGE_BYTES
 from common.config import ClusterConfig, load_config
+from common.handshakes import FailedHandshakes, Refusal
 from common.ids import ProcessId, make_process_id
 from common.messages import ExpertLoad, MalformedMessage, Message, PlacementPlan, Worker, decode, encode
 from common.model.config import load_model_config
-from common.monitor_address import MonitorAddress
+from common.monitor_address import MonitorAddress, interface_for
 from common.process_args import ProcessArgs
 from common.service_runner import OperatorError
-from common.transport import Endpoint
+from common.transport import Endpoint, listen, open_context
 from services.monitor.actions import Action, Emit, Exit, Publish, Send
 from services.monitor.monitor import Monitor
 
@@ -38,14 +41,18 @@ class Bus:
     On the wire the two sockets are what XSUB and XPUB are; SUB and PUB keep the subscriptions themselves.
     """
 
-    def __init__(self, context: zmq.asyncio.Context, address: MonitorAddress) -> None:
+    def __init__(self, context: zmq.asyncio.Context, address: MonitorAddress, interface: str) -> None:
         self._incoming, self._outgoing = context.socket(zmq.SUB), context.socket(zmq.PUB)
+        self.failed_handshakes = {
+            "bus publish": FailedHandshakes(self._incoming),
+            "bus subscribe": FailedHandshakes(self._outgoing),
+        }
         try:
             for socket, port in ((self._incoming, address.port + 2), (self._outgoing, address.port + 3)):
                 socket.linger = 0
                 socket.sndhwm = socket.rcvhwm = _HIGH_WATER_MARK
-                _bind(socket, port)
-        except OperatorError:
+                listen(socket, port, interface)
+        except ValueError:
             self.close()
             raise
         self._incoming.subscribe(b"")
@@ -61,15 +68,10 @@ class Bus:
         self._outgoing.send_multipart([topic.encode(), payload], flags=zmq.DONTWAIT)
 
     def close(self) -> None:
+        for failed in self.failed_handshakes.values():
+            failed.close()
         self._incoming.close(0)
         self._outgoing.close(0)
-
-
-def _bind(socket: zmq.asyncio.Socket, port: int) -> None:
-    try:
-        socket.bind(f"tcp://*:{port}")
-    except zmq.ZMQError as error:
-        raise OperatorError(f"cannot listen on port {port}: {error.strerror}") from None
 
 
 class MonitorService:
@@ -77,11 +79,11 @@ class MonitorService:
         self, context: zmq.asyncio.Context, address: MonitorAddress, monitor: Monitor, config: ClusterConfig
     ) -> None:
         self._address, self._monitor, self._config = address, monitor, config
-        self._bus = Bus(context, address)
+        self._interface = interface_for(address.host)
         try:
-            self._endpoint = Endpoint(context, address.port)
+            self._bus = Bus(context, address, self._interface)
+            self._endpoint = Endpoint(context, address.port, self._interface)
         except ValueError as error:
-            self._bus.close()
             raise OperatorError(str(error)) from None
         self._is_closed = False
         self._connections = itertools.count(1)
@@ -92,14 +94,17 @@ class MonitorService:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until ``stop`` is set. Raises OperatorError when another monitor has taken over, or a port is in use."""
+        lifeline_host = "0.0.0.0" if self._interface == "*" else self._interface
         try:
-            server = await asyncio.start_server(self._on_lifeline, "0.0.0.0", self._address.lifeline_port)
+            server = await asyncio.start_server(self._on_lifeline, lifeline_host, self._address.lifeline_port)
         except OSError as error:
             self.close()
             raise OperatorError(
                 f"cannot listen on port {self._address.lifeline_port}: {error.strerror or error}"
             ) from None
-        loops = (_until_set(stop), _until_set(self._exit), self._receive(), self._receive_from_bus(), self._tick())
+        loops = [_until_set(stop), _until_set(self._exit), self._receive(), self._receive_from_bus(), self._tick()]
+        doors = {"control": self._endpoint.failed_handshakes, **self._bus.failed_handshakes}
+        loops += [self._watch(door, failed) for door, failed in doors.items()]
         tasks = [asyncio.create_task(loop) for loop in loops]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -151,13 +156,20 @@ class MonitorService:
     def _tick_now(self) -> None:
         self._perform(self._monitor.on_tick(time.monotonic()))
 
+    async def _watch(self, door: str, failed: FailedHandshakes) -> None:
+        async for refusal in failed.strangers():
+            self._on_stranger(door, refusal.value)
+
+    def _on_stranger(self, door: str, reason: str) -> None:
+        self._perform(self._monitor.on_stranger(door, reason, time.monotonic()))
+
     async def _on_lifeline(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._lifeline_tasks.add(task)
         self._writers.add(writer)
         try:
-            await self._hold_lifeline(reader)
+            await self._hold_lifeline(reader, writer)
         except (OSError, ValueError, EOFError, asyncio.LimitOverrunError, TimeoutError, asyncio.CancelledError):
             pass  # no name came, or the monitor stops: in neither case is there anybody to tell
         finally:
@@ -165,13 +177,27 @@ class MonitorService:
             self._writers.discard(writer)
             writer.close()
 
-    async def _hold_lifeline(self, reader: asyncio.StreamReader) -> None:
-        connection = next(self._connections)
+    async def _identify(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> ProcessId | None:
+        """The name that the other side gives, and in a cluster with a key proves to be entitled to."""
+        key = self._address.key
+        challenge = secrets.token_bytes(CHALLENGE_BYTES) if key is not None else b""
+        writer.write(challenge)
         async with asyncio.timeout(_LIFELINE_NAME_S):
             line = await reader.readuntil(b"\n")
         if not 1 < len(line) <= _MAX_NAME_BYTES:
+            return None
+        name, _, proof = line[:-1].decode(errors="replace").partition(" ")
+        process = ProcessId(name)
+        if key is not None and not key.is_proof(proof, challenge, process):
+            self._on_stranger("lifeline", Refusal.OTHER_KEY.value)
+            return None
+        return process
+
+    async def _hold_lifeline(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = next(self._connections)
+        process = await self._identify(reader, writer)
+        if process is None:
             return
-        process = ProcessId(line[:-1].decode(errors="replace"))
         self._perform(self._monitor.on_lifeline_opened(process, connection, time.monotonic()))
         with contextlib.suppress(OSError):
             while await reader.read(4096):
@@ -221,7 +247,12 @@ async def serve(args: ProcessArgs, stop: asyncio.Event) -> None:
     monitor = Monitor(
         myself, config, model.num_moe_layers, model.n_routed_experts, now, wall_offset_s=time.time() - now, bus=bus
     )
-    context = zmq.asyncio.Context()
+    if address.key is None and interface_for(address.host) != "127.0.0.1":
+        log.warning(
+            "ANYBODY who reaches ports %d to %d of %s can kill ranks and read prompts: no --key-file was given",
+            address.port, address.port + 3, address.host,
+        )  # fmt: skip
+    context = open_context(address.key)
     try:
         await MonitorService(context, address, monitor, config).run(stop)
     finally:

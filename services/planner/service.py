@@ -22,6 +22,7 @@ from common.messages import Heartbeat, Hello, Message, PlacementPlan, View, Welc
 from common.model.config import load_model_config
 from common.monitor_client import MonitorClient
 from common.process_args import ProcessArgs
+from common.transport import open_context
 from services.planner.expert_load import ExpertLoad
 from services.planner.plan import Assessor, first_plan
 
@@ -136,7 +137,7 @@ class PlannerService:
 
 
 async def serve(args: ProcessArgs, stop: asyncio.Event) -> None:
-    context = zmq.asyncio.Context()
+    context = open_context(args.monitor_address.key)
     try:
         await PlannerService(args, context).serve(stop)
     finally:

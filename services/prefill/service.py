@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-import zmq.asyncio
 
 from common.bus import BusSubscriber
 from common.config import ClusterConfig
@@ -27,9 +26,10 @@ from common.messages import (
     View,
     Welcome,
 )
+from common.monitor_address import interface_for
 from common.monitor_client import MonitorClient
 from common.process_args import ProcessArgs
-from common.transport import Endpoint, Link
+from common.transport import Endpoint, Link, open_context
 from services.prefill.decode_links import DecodeLinks
 from services.prefill.prefill_engine import Piece, Prefilled, PrefillEngine
 from services.prefill.prefill_queue import Chunk, PrefillQueue
@@ -50,8 +50,8 @@ class PrefillService:
     async def serve(self, stop: asyncio.Event) -> None:
         """Runs until ``stop``. Raises ValueError when the checkpoint cannot be used."""
         torch.set_num_threads(1)  # exact bits assume it: common/model/row_blocks.py
-        context = self._context = zmq.asyncio.Context()
-        self._endpoint = Endpoint(context, self._args.port)
+        context = self._context = open_context(self._args.monitor_address.key)
+        self._endpoint = Endpoint(context, self._args.port, interface_for(self._args.host))
         self._subscriber = BusSubscriber(context, self._args.monitor_address, ("view",))
         self._config: asyncio.Future[ClusterConfig] = asyncio.get_running_loop().create_future()
         self._work = asyncio.Event()
@@ -62,7 +62,13 @@ class PrefillService:
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="model") as executor:
             tasks: list[asyncio.Future[Any]] = [
                 asyncio.ensure_future(work)
-                for work in (stop.wait(), self._client.run(), self._receive_from_bus(), self._prefill(executor))
+                for work in (
+                    stop.wait(),
+                    self._client.run(),
+                    self._receive_from_bus(),
+                    self._prefill(executor),
+                    self._endpoint.watch_strangers(),
+                )
             ]
             try:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -191,7 +197,11 @@ class PrefillService:
     def _beat(self) -> Heartbeat:
         """On the heartbeat thread: plain reads only."""
         view, queue = self._view, self._queue
-        counters = {"malformed_messages": self._endpoint.num_malformed, "prefills_done": self._num_done}
+        counters = {
+            "malformed_messages": self._endpoint.num_malformed,
+            "strangers_refused": self._endpoint.num_refused,
+            "prefills_done": self._num_done,
+        }
         if queue is not None:
             counters |= {
                 "kv_blocks_used": queue.blocks.num_used,

@@ -16,6 +16,7 @@ from services.router import openai_format
 from services.router.answer import Answer
 from services.router.api_error import ApiError
 from services.router.choices import Choice, plan_choices
+from services.router.http_admin import AdminApi
 from services.router.http_answers import send_stream, send_whole
 from services.router.http_bodies import REQUEST_ID, errors_as_json, json_response, read_body, request_id
 from services.router.http_generation import Generations
@@ -55,8 +56,8 @@ class Gateway(Protocol):
 
 
 class HttpApi:
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
+    def __init__(self, gateway: Gateway, admin: AdminApi) -> None:
+        self._gateway, self._admin = gateway, admin
         self._started_at = int(time.time())
 
     def application(self) -> web.Application:
@@ -74,6 +75,7 @@ class HttpApi:
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/cluster", self._cluster)
         app.router.add_get("/requests", self._requests)
+        self._admin.add_routes(app)
         return app
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
@@ -152,9 +154,9 @@ class HttpApi:
         return json_response(await self._gateway.cluster_status())
 
 
-def make_runner(gateway: Gateway, shutdown_timeout_s: float) -> web.AppRunner:
+def make_runner(gateway: Gateway, admin: AdminApi, shutdown_timeout_s: float) -> web.AppRunner:
     return web.AppRunner(
-        HttpApi(gateway).application(),
+        HttpApi(gateway, admin).application(),
         handle_signals=False,
         access_log=None,
         handler_cancellation=True,  # a handler whose client is gone is cancelled, and its request aborted

@@ -16,6 +16,7 @@ from typing import Any
 import zmq.asyncio
 from aiohttp import web
 
+from common.admin_token import VARIABLE, read_admin_token
 from common.bus import BusSubscriber
 from common.config import ClusterConfig
 from common.ids import Epoch, ProcessId, RequestId, make_process_id, make_request_id
@@ -23,10 +24,11 @@ from common.messages import AskStatus, Directory, Heartbeat, Hello, Message, Sta
 from common.metrics import render, router_metrics
 from common.monitor_client import MonitorClient
 from common.process_args import ProcessArgs
-from common.transport import Link
+from common.transport import Link, open_context
 from services.router.admission import RETRY_AFTER_OUTAGE_S, RETRY_AFTER_S, Admission
 from services.router.api_error import ApiError
 from services.router.choices import Choice
+from services.router.http_admin import AdminApi
 from services.router.http_api import listen, make_runner
 from services.router.http_cluster import ClusterStatus
 from services.router.http_generation import Generation, Generations, Outbox
@@ -44,7 +46,7 @@ log = logging.getLogger("regrow.router")
 
 async def serve(args: ProcessArgs, stop: asyncio.Event) -> None:
     """Runs a router until ``stop`` is set and its streams have ended or been given ``drain_s``."""
-    context = zmq.asyncio.Context()
+    context = open_context(args.monitor_address.key)
     try:
         await Router(args, context).run(stop)
     finally:
@@ -81,7 +83,9 @@ class Router:
         self._bus = BusSubscriber(context, args.monitor_address, ("view",))
 
     async def run(self, stop: asyncio.Event) -> None:
-        runner = make_runner(self, shutdown_timeout_s=_LAST_WORDS_S)
+        token = read_admin_token(self._args.admin_token_file, os.environ.get(VARIABLE, ""))
+        admin = AdminApi(self._context, self._args.monitor_address, token)
+        runner = make_runner(self, admin, shutdown_timeout_s=_LAST_WORDS_S)
         await runner.setup()
         try:
             site = await listen(runner, self._args.port)

@@ -108,6 +108,7 @@ def test_description_is_found_again_and_its_absence_is_explained(directory: RunD
     directory.describe(DESCRIPTION)
     assert read_description(directory.path) == DESCRIPTION
     assert str(bus_address(directory.path, "", "")) == "127.0.0.1:7000"
+    assert bus_address(directory.path, "", "").key is None
     (directory.path / "cluster.json").write_text("{}")
     with pytest.raises(OperatorError, match="damaged"):
         read_description(directory.path)

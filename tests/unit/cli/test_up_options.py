@@ -8,6 +8,7 @@ from random import Random
 import msgspec
 import pytest
 
+from common.cluster_key import write_key
 from common.config import ClusterConfig, DecodeConfig, ModelConfig, load_config
 from common.monitor_address import MonitorAddress
 from common.process_args import ProcessArgs, parse_process_args
@@ -87,10 +88,11 @@ def test_monitor_ports_lie_below_the_ephemeral_ones_and_keep_clear_of_the_router
     assert not again <= first + 2 <= again + 3
 
 
-def test_a_command_line_is_read_back_as_it_was_written() -> None:
+def test_a_command_line_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    key = write_key(tmp_path / "key", bytes(32))
     args = ProcessArgs(
         kind="decode",
-        monitor_address=MonitorAddress("h", 7000),
+        monitor_address=MonitorAddress("h", 7000, key),
         host="10.0.0.1",
         name="decode-2",
         process_id=parse_process_args(
@@ -101,7 +103,9 @@ def test_a_command_line_is_read_back_as_it_was_written() -> None:
         heap_dir=Path("/heaps"),
         port=0,
         run_dir=Path("/run/x"),
+        admin_token_file=Path("/token"),
     )
+    assert key.secret.hex() not in " ".join(args.command_line())
     assert parse_process_args("decode", args.command_line()) == args
 
 
