@@ -19,12 +19,13 @@ from enum import Enum
 import numpy as np
 import torch
 
+from kernels.doorbell import Doorbell
 from kernels.elastic_mode import ElasticMode, LateRanksError
 from kernels.heap_layout import HeapLayout
 from kernels.heap_window import HeapWindow, require_ordered_stores
 from kernels.step_words import epoch_floor
 from kernels.symmetric_memory.base import PeerHeap, SymmetricHeap
-from kernels.word_wait import Clock, Pause, WaitEnd, WordWait, yield_then_sleep
+from kernels.word_wait import Clock, Pause, WaitEnd, WordWait
 
 CLEAN = 0
 VOID = 1
@@ -60,7 +61,7 @@ class EpochState:
         deadline_s: float,
         elastic: ElasticMode = ElasticMode.VIEWS,
         clock: Clock = time.monotonic,
-        pause: Pause = yield_then_sleep,
+        pause: Pause | None = None,
     ) -> None:
         require_ordered_stores()
         max_ranks = layout.ep.max_ranks
@@ -83,7 +84,9 @@ class EpochState:
         # What an earlier process of this slot said to itself; its poison of others is old by its epoch.
         self._own.poison[rank] = 0
         self._poison_lock = threading.Lock()
-        self._wait = WordWait(rank, self._own.poison, clock, pause)
+        self._bell = Doorbell(rank, self._windows)
+        self._rings = pause is None  # nobody sleeps where tests let time pass
+        self._wait = WordWait(rank, self._own.poison, self._bell, clock, pause)
         self._floor = 0
         self._n = 0
         self._observed = [0] * max_ranks
@@ -190,6 +193,7 @@ class EpochState:
         word = epoch_floor(self.epoch if epoch is None else epoch) | 1
         with self._poison_lock:
             self._own.poison[self.rank] = max(self._own.poison[self.rank], word)
+        self._bell.rouse([self.rank])
 
     def poison_members(self) -> None:
         """Make this rank void, accusing nobody, and tell every member."""
@@ -234,3 +238,10 @@ class EpochState:
         for member in self.members:
             if member != self.rank:
                 self._windows[member].poison[self.rank] = self.step
+        if self._rings:
+            self._bell.rouse(self.members)
+
+    def _ring(self) -> None:
+        """Tell the members that a word of this rank is there."""
+        if self._rings:
+            self._bell.ring(self.members)

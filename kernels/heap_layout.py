@@ -158,4 +158,7 @@ def _ep_regions(ep: EpShape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         "ep_combine_word": ((num_ranks,), torch.int64),
         "ep_dispatch_rows": ((num_ranks, ep.max_tokens, ep.row_bytes), torch.uint8),
         "ep_combine_rows": ((num_ranks, ep.max_tokens, ep.top_k, ep.hidden_size), ep.dtype),
+        # For ranks that sleep on the host, see `doorbell`: rings by source; slot + 1 for whose ring the owner sleeps.
+        "ep_bell": ((num_ranks,), torch.int64),
+        "ep_sleeper": ((1,), torch.int64),
     }

@@ -40,6 +40,9 @@ class HeapWindow:
 
         header = array("ep_header")
         dispatch_word = array("ep_dispatch_word")
+        bell = array("ep_bell")
+        self.bell, self.bell_address = bell.data, int(bell.ctypes.data)
+        self.sleeper = array("ep_sleeper").data
         self.poison = array("ep_poison").data
         self.barrier_word = [row.data for row in array("ep_barrier_word")]
         self.combine_word = array("ep_combine_word").data

@@ -29,7 +29,7 @@ from kernels.own_tokens import MASKED, OwnTokens
 from kernels.received import Received, read_received, sum_of_each_row
 from kernels.step_words import EPOCH_SHIFT, epoch_floor, header_bank, header_tag, tagged
 from kernels.symmetric_memory.base import SymmetricHeap
-from kernels.word_wait import Clock, Pause, yield_then_sleep
+from kernels.word_wait import Clock, Pause
 
 _LOW_HALF = np.uint64(0xFFFFFFFF)
 _HIGH_HALF = np.uint64(32)
@@ -64,7 +64,7 @@ class ElasticGroup(EpochState):
         elastic: ElasticMode = ElasticMode.VIEWS,
         num_local_experts: int = 0,
         clock: Clock = time.monotonic,
-        pause: Pause = yield_then_sleep,
+        pause: Pause | None = None,
     ) -> None:
         super().__init__(layout, heap, rank, deadline_s=deadline_s, elastic=elastic, clock=clock, pause=pause)
         ep = layout.ep
@@ -176,6 +176,7 @@ class ElasticGroup(EpochState):
             window.dispatch_num_rows[self.rank] = len(tokens)
         for member in self.members:
             self._windows[member].dispatch_word[self.rank] = step
+        self._ring()
         self._combine_due = step
         if not self._await_words(self._own.dispatch_word, step, self.deadline_s):
             return None
@@ -216,6 +217,7 @@ class ElasticGroup(EpochState):
                 self._windows[member].combine_rows[self.rank][place_N[begin:end]] = rows[begin:end]
         for member in self.members:
             self._windows[member].combine_word[self.rank] = step
+        self._ring()
         if not self._await_words(self._own.combine_word, step, self.deadline_s):
             return None
         self._tokens.note_masked(self._masked_W)
@@ -241,6 +243,7 @@ class ElasticGroup(EpochState):
         bank = step & 1
         for member in self.members:
             self._windows[member].barrier_word[bank][self.rank] = step
+        self._ring()
         return self._await_words(self._own.barrier_word[bank], step, deadline_s)
 
     def _check_routing(
@@ -284,3 +287,5 @@ class ElasticGroup(EpochState):
             window = self._windows[member]
             window.header_data[bank, self.rank] = row
             window.header_word[bank][self.rank] = step
+        if self._rings:
+            self._bell.ring(members)

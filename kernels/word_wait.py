@@ -4,12 +4,16 @@ A wait ends when every word is there (checked first: complete data stays complet
 is from the future, or a poison word of this epoch or a later one is seen from a member, or the caller's ``stop`` says
 so, or the deadline passes. The clock is read before the words: a process that was itself stopped past the deadline
 looks once more before it accuses anybody.
+
+A rank that waits gives its core away at once, since with more ranks than cores the late one may need just that one. It
+sleeps until the source it waits for rings (`doorbell`); the sleeps are short, so that a ring that never comes, a word
+from the host or a ``stop`` cost milliseconds.
 """
 
-import os
-import time
 from collections.abc import Callable, Sequence
 from enum import Enum
+
+from kernels.doorbell import Doorbell
 
 Clock = Callable[[], float]
 Pause = Callable[[int], None]
@@ -17,10 +21,9 @@ Pause = Callable[[int], None]
 # When several are late, some may be waiting for the others, an operation behind this rank; they lack fewer words, so
 # their deadline comes first, and what they then say gets this much longer to arrive before a healthy rank is accused.
 _LONGER_FOR_EACH = 0.1
-_NUM_YIELDS = 40
-_NUM_SHORT_SLEEPS = 400
-_SHORT_SLEEP_S = 50e-6
-_LONG_SLEEP_S = 500e-6
+_SHORT_SLEEP_S = 0.001
+_LONG_SLEEP_S = 0.004
+_NUM_SHORT_SLEEPS = 10
 
 
 class WaitEnd(Enum):
@@ -34,30 +37,20 @@ class WaitEnd(Enum):
     FUTURE_WORD = "future_word"
 
 
-def yield_then_sleep(num_polls: int) -> None:
-    """Give the core away first, since the peer may be waiting for just that; then sleep, longer in waits that are
-    long already.
-    """
-    if num_polls < _NUM_YIELDS:
-        os.sched_yield()
-    elif num_polls < _NUM_YIELDS + _NUM_SHORT_SLEEPS:
-        time.sleep(_SHORT_SLEEP_S)
-    else:
-        time.sleep(_LONG_SLEEP_S)
-
-
 class WordWait:
-    """The waits of one rank. ``poison`` is the poison row of its own heap, indexed by the writer's slot.
+    """The waits of one rank. ``poison`` is the poison row of its own heap, indexed by the writer's slot. ``pause``, for
+    tests, is called with the number of polls so far in place of a sleep.
 
     ``missing`` names the sources without a word now, or when the last wait ended; ``wait_s`` adds up, per slot, how
     long this rank waited.
     """
 
-    def __init__(self, rank: int, poison: memoryview, clock: Clock, pause: Pause) -> None:
+    def __init__(self, rank: int, poison: memoryview, bell: Doorbell, clock: Clock, pause: Pause | None) -> None:
         self.missing: tuple[int, ...] = ()
         self.wait_s = [0.0] * len(poison)
         self._rank = rank
         self._poison = poison
+        self._bell = bell
         self._clock = clock
         self._pause = pause
 
@@ -76,6 +69,8 @@ class WordWait:
         pending = list(members)
         num_polls = 0
         while True:
+            # Before the words: what is rung for after this look ends the sleep behind it.
+            ring = self._bell.ring_of(pending[-1])
             now = clock()
             still = []
             future = False
@@ -105,5 +100,8 @@ class WordWait:
                 for source in pending:
                     self.wait_s[source] += now - start
                 return end
-            self._pause(num_polls)
+            if self._pause is not None:
+                self._pause(num_polls)
+            elif ring.source == pending[-1]:
+                self._bell.sleep(ring, _SHORT_SLEEP_S if num_polls < _NUM_SHORT_SLEEPS else _LONG_SLEEP_S)
             num_polls += 1

@@ -81,9 +81,10 @@ class LocalGroup:
         assert all(headers.values())
 
     def snapshot(self, rank: int) -> torch.Tensor:
-        """The bytes of a heap, with the row of poison words blanked: a void rank may write those."""
+        """The bytes of a heap, with poison words and rings blanked: a void rank may write those."""
         copy = self.heaps[rank].bytes_U8.clone()
         self.layout.view(copy, "ep_poison").zero_()
+        self.layout.view(copy, "ep_bell").zero_()
         return copy
 
 

@@ -1,5 +1,6 @@
 """From one view to the next: leaving, newcomers, zombies. Nobody may mix data of two views."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,6 @@ import torch
 from kernels.epoch_state import CLEAN, VOID, VoidReason
 from kernels.heap_window import HeapWindow
 from kernels.reference import ElasticGroup
-from kernels.word_wait import yield_then_sleep
 from tests.kernels.local_group import DIGEST, LocalGroup, Placement, Tokens, local_group, moe_layer, oracle
 
 
@@ -98,7 +98,7 @@ def test_a_newcomer_joins_at_a_round_boundary_without_a_void_round(heap_dir: Pat
         def newcomer(group: ElasticGroup) -> bool:
             group.announce_header(9, members, [33], 1234)
             while not group.all_announced(9, members):
-                yield_then_sleep(0)
+                time.sleep(0)
             group.adopt(9, joined, 1234)
             return enter_and_go_on(group)
 
@@ -187,6 +187,9 @@ def test_a_zombie_writes_into_its_own_slots_rows_only(heap_dir: Path) -> None:
             after = cluster.heaps[rank].bytes_U8
             for name, region in cluster.layout.regions.items():
                 now, then = cluster.layout.view(after, name), cluster.layout.view(before[rank], name)
+                if name == "ep_sleeper":  # the owner's alone
+                    assert torch.equal(now, then)
+                    continue
                 by_slot = region.shape.index(4) if name not in ("ep_header", "ep_barrier_word") else 1
                 others = torch.tensor([0, 1, 3])
                 assert torch.equal(now.index_select(by_slot, others), then.index_select(by_slot, others)), name
