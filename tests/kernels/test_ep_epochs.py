@@ -1,15 +1,29 @@
 """From one view to the next: leaving, newcomers, zombies. Nobody may mix data of two views."""
 
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from kernels.epoch_state import CLEAN, VOID, VoidReason
 from kernels.heap_window import HeapWindow
 from kernels.reference import ElasticGroup
-from tests.kernels.local_group import DIGEST, LocalGroup, Placement, Tokens, local_group, moe_layer, oracle
+from kernels.word_wait import yield_then_sleep
+from tests.kernels.local_group import (
+    DIGEST,
+    GENEROUS_S,
+    LocalGroup,
+    Placement,
+    Tokens,
+    local_group,
+    moe_layer,
+    oracle,
+)
 
 
 def heap_of(cluster: LocalGroup, rank: int) -> HeapWindow:
@@ -196,6 +210,75 @@ def test_a_zombie_writes_into_its_own_slots_rows_only(heap_dir: Path) -> None:
             assert not torch.equal(after, before[rank])
         again = cluster.run(lambda group: exact_layer(group, Placement.random(8, [0, 1]), seed=9), only=[0, 1])
         assert all(again.values())
+
+
+class StoppedStore:
+    """Rows of another rank's heap as a process sees it that is stopped in the middle of its next store."""
+
+    def __init__(self, rows: Any) -> None:
+        self._rows = rows
+        self.reached, self.woken = threading.Event(), threading.Event()
+
+    def __getitem__(self, slot: int) -> "StoppedStore":
+        self._rows = self._rows[slot]
+        return self
+
+    def __setitem__(self, place: Any, rows: Any) -> None:
+        self.reached.set()
+        assert self.woken.wait(GENEROUS_S)
+        self._rows[place] = rows
+
+
+class LateWord:
+    """Word row of another rank's heap; ``before`` is called before the word is written."""
+
+    def __init__(self, words: Any, before: Callable[[], None]) -> None:
+        self._words, self._before = words, before
+
+    def __setitem__(self, slot: int, word: int) -> None:
+        self._before()
+        self._words[slot] = word
+
+
+def test_a_zombie_stopped_in_a_combine_store_overwrites_no_row_of_its_successor(heap_dir: Path) -> None:
+    """It wakes two views later, after the newcomer that computes in its place has stored its rows of the very same
+    (token, k), and before they are read. All flags are right then; only regions by source keep the token."""
+    old, new = [0, 1, 2], [0, 1, 3]
+    with local_group(heap_dir) as cluster:
+        cluster.enter(1, old)
+        owner, helper, zombie = cluster.ranks[:3]
+        store = StoppedStore(zombie._windows[0].combine_rows)
+        zombie._windows[0].combine_rows = store  # type: ignore[assignment]
+
+        def be_interrupted(group: ElasticGroup) -> bool:
+            return exact_layer(group, Placement.random(4, old), seed=30)
+
+        doomed = threading.Thread(target=be_interrupted, args=(zombie,), daemon=True)
+        doomed.start()
+        first = threading.Thread(target=cluster.run, args=(be_interrupted, [0, 1]), daemon=True)
+        first.start()
+        assert store.reached.wait(GENEROUS_S)
+        for group in (owner, helper):
+            group.poison_self()
+        first.join(GENEROUS_S)
+        assert owner.status == helper.status == VOID
+        cluster.enter(2, [0, 1])
+        cluster.enter(3, new)
+        before = heap_of(cluster, 0).combine_rows[2].copy()
+
+        def wake_the_zombie() -> None:
+            words, deadline = heap_of(cluster, 0).combine_word, time.monotonic() + GENEROUS_S
+            while words[3] != helper.step:
+                assert time.monotonic() < deadline
+                yield_then_sleep(0)
+            store.woken.set()
+            doomed.join(GENEROUS_S)
+            assert not doomed.is_alive()
+
+        helper._windows[0].combine_word = LateWord(helper._windows[0].combine_word, wake_the_zombie)  # type: ignore[assignment]
+        results = cluster.run(lambda group: exact_layer(group, Placement.random(4, new), seed=60), only=new)
+        assert all(results.values()), results
+        assert not np.array_equal(heap_of(cluster, 0).combine_rows[2], before), "the zombie has stored nothing"
 
 
 def test_a_slot_reborn_with_its_old_memory_starts_clean(heap_dir: Path) -> None:

@@ -1,5 +1,8 @@
 """A monitor starts beside a group that lives: it learns, and changes nothing before it is sure."""
 
+import msgspec
+
+from common.config import DecodeConfig
 from common.ids import NO_RANK, ProcessId
 from common.messages import Directory, Exited, Signal, SignalDone, Welcome
 from services.monitor.slots import SlotState
@@ -218,3 +221,26 @@ def test_a_masked_rank_that_died_while_its_agent_was_away_does_not_stay_masked()
     driver.enter("decode", "decode-7")
     driver.advance(0.5)
     assert driver.ranks == [0, 1, 2]
+
+
+def test_numbers_of_which_nobody_was_heard_are_not_used_again() -> None:
+    """A rank that is stopped may still have views of the last monitor unread. When it wakes up it enters one, and step
+    words of one number must not mean two views."""
+    driver = Driver(msgspec.structs.replace(CONFIG, decode=DecodeConfig(num_ranks=8, max_ranks=8)))
+    stopped, *others = driver.form(8)
+    agent = driver.puppets[ProcessId("agent-0-a")]
+    for puppet in (agent, *others):
+        puppet.follows = False  # from here on the last monitor's words reach only the one that is stopped
+    stopped.is_beating = False
+    for _ in range(5):
+        driver.exited(others.pop())
+    unread = {view.epoch for view in driver.views} - {puppet.epoch for puppet in others}
+    assert stopped.epoch in unread and len(unread) == 5
+    driver.views.clear()
+    _restart(driver)
+    for puppet in others:
+        puppet.follows = True
+    _greet_new_term(driver, [*others, agent])
+    driver.advance(CONFIG.monitor.heartbeat_timeout_s)
+    assert driver.ranks == [1, 2]
+    assert driver.views and min(view.epoch for view in driver.views) > max(unread)
