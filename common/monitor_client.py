@@ -1,7 +1,7 @@
 """A process's side of its relation to the monitor: hello until welcomed, lifeline, heartbeats, asking when behind.
 
-Used by the shells of all services but the monitor. It obeys one monitor per term (`common.allegiance`) and hands
-everything else, in order, to ``on_message``. Messages of refused monitors never get there.
+Used by the shells of all services but the monitor. What it obeys is decided in `common.obedience`; that it hands, in
+order, to ``on_message``. Messages of refused monitors never get there.
 """
 
 import asyncio
@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import zmq.asyncio
 
-from common.allegiance import Allegiance
 from common.cluster_key import CHALLENGE_BYTES
 from common.handshakes import Refusal as FailedHandshake
 from common.heartbeat import HeartbeatThread
@@ -23,14 +22,12 @@ from common.messages import (
     HeartbeatReply,
     Hello,
     Message,
-    Prepare,
     Refusal,
-    RollCall,
-    SetChildren,
     View,
     Welcome,
 )
 from common.monitor_address import MonitorAddress
+from common.obedience import Obedience
 from common.service_runner import OperatorError
 from common.transport import Link, secure
 
@@ -64,10 +61,7 @@ class MonitorClient:
             on_message,
         )
         self._link = Link(context, process, address.control, is_watched=True)
-        self._allegiance = Allegiance()
-        self._directory_version = 0
-        self.num_words = 0  # accepted messages and heartbeat replies: silence is when it stands still
-        self._welcomed = asyncio.Event()
+        self._obedience = Obedience()
         self._loop = asyncio.get_running_loop()
         sync_context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(context.underlying)
         secure(sync_context, address.key)
@@ -77,15 +71,20 @@ class MonitorClient:
 
     @property
     def term(self) -> int:
-        return self._allegiance.term
+        return self._obedience.term
 
     @property
     def monitor(self) -> str:
-        return self._allegiance.monitor
+        return self._obedience.monitor
+
+    @property
+    def num_words(self) -> int:
+        """Of the monitor, so far: silence is when it stands still."""
+        return self._obedience.num_words
 
     def accepts(self, view: View | Directory) -> bool:
         """For views that came another way (bus, peers): the same allegiance decides."""
-        return self._allegiance.accepts(view.term, view.monitor)
+        return self._obedience.accepts(view)
 
     def send(self, message: Message) -> None:
         self._link.send(message)
@@ -93,7 +92,7 @@ class MonitorClient:
     def say_hello(self) -> None:
         """Again, because something that Hello carries has changed (a slot left, a new heap). At once: a Welcome that
         answers an older Hello may be on its way, and would end the repetition before the first one."""
-        self._welcomed.clear()
+        self._obedience.is_welcomed = False
         self._link.send(self._hello())
 
     async def run(self) -> None:
@@ -113,12 +112,9 @@ class MonitorClient:
 
     async def _greet(self) -> None:
         while True:
-            if not self._welcomed.is_set():
+            if not self._obedience.is_welcomed:
                 self._link.send(self._hello())
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_HELLO_AGAIN_S):
-                    await self._welcomed.wait()
-                    await asyncio.sleep(_HELLO_AGAIN_S)
+            await asyncio.sleep(_HELLO_AGAIN_S)
 
     async def _receive(self) -> None:
         while True:
@@ -132,24 +128,12 @@ class MonitorClient:
             case Refusal(reason=reason):
                 log.warning("monitor refuses: %s", reason)
                 return
-            case Welcome() | RollCall() | SetChildren():
-                if not self._allegiance.accepts(message.term, message.monitor):
-                    return
-            case View() | Directory():
-                if not self.accepts(message):
-                    return
-            case Prepare(view=view):
-                if not self.accepts(view):
-                    return
+            case _ if not self._obedience.on_message(message):
+                return
+            case Welcome(config=config):
+                self._heartbeats.interval_s = config.monitor.heartbeat_s
             case _:
                 pass
-        self.num_words += 1
-        if isinstance(message, Welcome):
-            self._heartbeats.interval_s = message.config.monitor.heartbeat_s
-            self._welcomed.set()
-            self._directory_version = message.directory.version
-        elif isinstance(message, Directory):
-            self._directory_version = message.version
         self._on_message(message)
 
     def _hand_reply_to_loop(self, reply: HeartbeatReply) -> None:
@@ -157,13 +141,7 @@ class MonitorClient:
             self._loop.call_soon_threadsafe(self._on_reply, reply)
 
     def _on_reply(self, reply: HeartbeatReply) -> None:
-        new_term = reply.term > self._allegiance.term
-        if not self._allegiance.accepts(reply.term, reply.monitor):
-            return
-        self.num_words += 1
-        if new_term or not reply.known:
-            self._welcomed.clear()
-        elif reply.epoch > self._beat().epoch or reply.directory_version > self._directory_version:
+        if self._obedience.on_reply(reply, self._beat().epoch):
             self._link.send(AskView(self._process))
 
     async def _hold_lifeline(self) -> None:

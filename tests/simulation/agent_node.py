@@ -45,7 +45,7 @@ class AgentNode(ClientNode):
         return Hello(self.process, "agent", self.name, "h", 1, "", children=children)
 
     def heartbeat(self) -> Heartbeat:
-        return Heartbeat(self.process, term=self.allegiance.term)
+        return Heartbeat(self.process, term=self.obedience.term)
 
     def on_message(self, peer: ProcessId, message: Message, frames: Frames) -> None:
         match message:

@@ -1,23 +1,8 @@
-"""What every process does towards the monitor: the decisions of `common.monitor_client`, without its sockets.
+"""What every process does towards the monitor: `common.monitor_client` without its sockets. `Obedience` decides."""
 
-If you change `MonitorClient`, change this file.
-"""
-
-from common.allegiance import Allegiance
 from common.ids import ProcessId
-from common.messages import (
-    AskView,
-    Directory,
-    Heartbeat,
-    HeartbeatReply,
-    Hello,
-    Message,
-    Prepare,
-    Refusal,
-    RollCall,
-    View,
-    Welcome,
-)
+from common.messages import AskView, Directory, Heartbeat, HeartbeatReply, Hello, Message, Refusal, View
+from common.obedience import Obedience
 from tests.simulation.world import MONITOR, Bad, Frames, Node, World
 
 HELLO_AGAIN_S, RECONNECT_S, BEAT_S = 0.5, 0.02, 0.1
@@ -29,7 +14,7 @@ class ClientNode(Node):
 
     def __init__(self, world: World, name: str, process: ProcessId | None = None) -> None:
         super().__init__(world, name, process)
-        self.allegiance, self.is_welcomed, self.directory_version, self.num_words = Allegiance(), False, 0, 0
+        self.obedience = Obedience()
         self._lifeline: tuple[Node, int] | None = None  # the monitor that holds the other end
 
     def start(self) -> None:
@@ -55,11 +40,11 @@ class ClientNode(Node):
         self.send(MONITOR, message)
 
     def say_hello(self) -> None:
-        self.is_welcomed = False
+        self.obedience.is_welcomed = False
         self.tell_monitor(self.hello())
 
     def _greet(self) -> None:
-        if not self.is_welcomed:
+        if not self.obedience.is_welcomed:
             self.tell_monitor(self.hello())
         self.later(HELLO_AGAIN_S, self._greet)
 
@@ -67,47 +52,25 @@ class ClientNode(Node):
         self.send(MONITOR, self.heartbeat(), lane="beat")
         self.later(BEAT_S, self._beat)
 
-    def accepts(self, view: View | Directory) -> bool:
-        return self.allegiance.accepts(view.term, view.monitor)
-
     def receive(self, peer: ProcessId, message: Message, frames: Frames) -> None:
+        process, _, lane = peer.partition("#")
+        from_monitor = self.world.nodes[process].kind == MONITOR and lane != "bus"
         match message:
             case HeartbeatReply():
-                self._on_reply(message)
+                if self.obedience.on_reply(message, self.heartbeat().epoch):
+                    self.tell_monitor(AskView(self.process))
                 return
-            case Refusal(reason=reason):
+            case Refusal(reason=reason) if from_monitor:
                 if message.final:
                     raise Bad(f"the monitor refuses {self.process}: {reason}")
                 return
-            case Welcome(monitor=monitor, term=term) | RollCall(monitor=monitor, term=term):
-                if not self.allegiance.accepts(term, monitor):
-                    return
-            case View() | Directory():
-                if not self.accepts(message):
-                    return
-            case Prepare(view=view):
-                if not self.accepts(view):
-                    return
+            case _ if from_monitor and not self.obedience.on_message(message):
+                return
+            case View() | Directory() if not from_monitor and not self.obedience.accepts(message):
+                return
             case _:
                 pass
-        sender = self.world.nodes[peer]
-        if sender.kind == MONITOR:
-            self.num_words += 1
-        if isinstance(message, Welcome):
-            self.is_welcomed, self.directory_version = True, message.directory.version
-        elif isinstance(message, Directory):
-            self.directory_version = message.version
         self.on_message(peer, message, frames)
-
-    def _on_reply(self, reply: HeartbeatReply) -> None:
-        new_term = reply.term > self.allegiance.term
-        if not self.allegiance.accepts(reply.term, reply.monitor):
-            return
-        self.num_words += 1
-        if new_term or not reply.known:
-            self.say_hello()
-        elif reply.epoch > self.heartbeat().epoch or reply.directory_version > self.directory_version:
-            self.tell_monitor(AskView(self.process))
 
     # The lifeline. The kernel keeps it, so it opens and closes whatever the process does.
 

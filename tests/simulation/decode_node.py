@@ -45,7 +45,7 @@ class DecodeNode(ClientNode):
             HEAP_DIR,
             emit=self._emit,
             on_end=self._on_end,
-            num_monitor_words=lambda: self.num_words,
+            num_monitor_words=lambda: self.obedience.num_words,
             clock=lambda: world.now,
         )
         self.task = StreamTask(self, self.stream._run, pace)
@@ -65,7 +65,7 @@ class DecodeNode(ClientNode):
         stream = self.stream
         self.world.checker.on_beat(self)
         return stream.status.heartbeat(
-            self.process, self.allegiance.term, stream.progress, stream.waits_for, stream.counters()
+            self.process, self.obedience.term, stream.progress, stream.waits_for, stream.counters()
         )
 
     def on_message(self, peer: ProcessId, message: Message, frames: Frames) -> None:

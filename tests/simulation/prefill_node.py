@@ -40,7 +40,7 @@ class PrefillNode(ClientNode):
 
     def heartbeat(self) -> Heartbeat:
         epoch = self._view.epoch if self._view else Epoch(0)
-        return Heartbeat(self.process, term=self.allegiance.term, epoch=epoch)
+        return Heartbeat(self.process, term=self.obedience.term, epoch=epoch)
 
     def on_message(self, peer: ProcessId, message: Message, frames: Frames) -> None:
         match message:

@@ -30,7 +30,7 @@ class RouterNode(ClientNode):
 
     def heartbeat(self) -> Heartbeat:
         epoch = self._view.epoch if self._view else Epoch(0)
-        return Heartbeat(self.process, term=self.allegiance.term, epoch=epoch)
+        return Heartbeat(self.process, term=self.obedience.term, epoch=epoch)
 
     def submit(self, prompt: tuple[int, ...], max_tokens: int) -> None:
         if self.table is None:
@@ -56,7 +56,7 @@ class RouterNode(ClientNode):
         self._perform(self.table.on_client_gone(request, self.world.now))
 
     def receive(self, peer: ProcessId, message: Message, frames: Frames) -> None:
-        sender = self.world.nodes[peer]
+        sender = self.world.nodes[peer.partition("#")[0]]
         if sender.kind in ("decode", "prefill") and peer not in self._links:
             return  # its link is closed
         super().receive(peer, message, frames)

@@ -196,5 +196,5 @@ class World:
             if target == MONITOR and self.random.random() < 0.9:  # it waits in the socket for the next one
                 self.at(_RETRY_S, lambda: self._arrive(source, target, data, frames, lane))
             return
-        peer = ProcessId(f"{source.process}#{lane}") if lane == "beat" and target == MONITOR else source.process
+        peer = ProcessId(f"{source.process}#{lane}") if lane else source.process
         node.run(lambda: node.receive(peer, decode(data), frames))

@@ -13,12 +13,10 @@ from typing import Any
 
 import msgspec
 
-from common.allegiance import Allegiance
 from common.config import ClusterConfig, DecodeConfig
 from common.ids import NO_RANK, Epoch, ProcessId, Rank
 from common.messages import (
     AskView,
-    Directory,
     Exited,
     Heartbeat,
     HeartbeatReply,
@@ -32,6 +30,7 @@ from common.messages import (
     Welcome,
     Worker,
 )
+from common.obedience import Obedience
 from common.view import digest, orphans, ranks
 from services.decode import actions as rank_actions
 from services.decode.membership import Membership, RankState
@@ -84,7 +83,7 @@ class Client(Node):
 
     def __init__(self, world: "World", name: str) -> None:
         super().__init__(world, name)
-        self.allegiance, self.is_welcomed, self.directory_version = Allegiance(), False, 0
+        self.obedience = Obedience()
         self.view: View | None = None
         self.connection = 0
         self.connect()
@@ -96,7 +95,7 @@ class Client(Node):
 
     def heartbeat(self) -> Heartbeat:
         epoch = self.view.epoch if self.view else Epoch(0)
-        return Heartbeat(self.process, term=self.allegiance.term, epoch=epoch)
+        return Heartbeat(self.process, term=self.obedience.term, epoch=epoch)
 
     def connect(self) -> None:
         """Opens a lifeline; tried again while there is no monitor."""
@@ -122,12 +121,12 @@ class Client(Node):
         self.world.tell_monitor(self, lambda m, now: m.on_message(identity, message, now))
 
     def greet(self) -> None:
-        if not self.is_welcomed:
+        if not self.obedience.is_welcomed:
             self.send(self.hello())
         self.later(0.5, self.greet)
 
     def say_hello(self) -> None:
-        self.is_welcomed = False
+        self.obedience.is_welcomed = False
         self.send(self.hello())
 
     def beat(self) -> None:
@@ -135,37 +134,11 @@ class Client(Node):
         self.later(BEAT_S, self.beat)
 
     def receive(self, message: Message) -> None:
-        match message:
-            case HeartbeatReply():
-                self.on_reply(message)
-                return
-            case Welcome(monitor=monitor, term=term, directory=directory):
-                if not self.allegiance.accepts(term, monitor):
-                    return
-                self.is_welcomed, self.directory_version = True, directory.version
-            case RollCall(monitor=monitor, term=term) | View(monitor=monitor, term=term):
-                if not self.allegiance.accepts(term, monitor):
-                    return
-            case Prepare(view=view):
-                if not self.allegiance.accepts(view.term, view.monitor):
-                    return
-            case Directory(monitor=monitor, term=term, version=version):
-                if not self.allegiance.accepts(term, monitor):
-                    return
-                self.directory_version = version
-            case _:
-                pass
-        self.on_message(message)
-
-    def on_reply(self, reply: HeartbeatReply) -> None:
-        new_term = reply.term > self.allegiance.term
-        if not self.allegiance.accepts(reply.term, reply.monitor):
-            return
-        if new_term or not reply.known:
-            self.is_welcomed = False
-            self.send(self.hello())
-        elif reply.epoch > self.heartbeat().epoch or reply.directory_version > self.directory_version:
-            self.send(AskView(self.process))
+        if isinstance(message, HeartbeatReply):
+            if self.obedience.on_reply(message, self.heartbeat().epoch):
+                self.send(AskView(self.process))
+        elif self.obedience.on_message(message):
+            self.on_message(message)
 
     def on_message(self, message: Message) -> None:
         view = message.view if isinstance(message, Welcome) else message
@@ -194,7 +167,7 @@ class RankNode(Client):
 
     def heartbeat(self) -> Heartbeat:
         status = RankStatus.of(self.membership, self.life)
-        return status.heartbeat(self.process, self.allegiance.term, self.progress, self.waits_for, {})
+        return status.heartbeat(self.process, self.obedience.term, self.progress, self.waits_for, {})
 
     def on_message(self, message: Message) -> None:
         membership, now = self.membership, self.world.now
