@@ -13,7 +13,6 @@ import torch
 from kernels.epoch_state import CLEAN, VOID, VoidReason
 from kernels.heap_window import HeapWindow
 from kernels.reference import ElasticGroup
-from kernels.word_wait import yield_then_sleep
 from tests.kernels.local_group import (
     DIGEST,
     GENEROUS_S,
@@ -270,7 +269,7 @@ def test_a_zombie_stopped_in_a_combine_store_overwrites_no_row_of_its_successor(
             words, deadline = heap_of(cluster, 0).combine_word, time.monotonic() + GENEROUS_S
             while words[3] != helper.step:
                 assert time.monotonic() < deadline
-                yield_then_sleep(0)
+                time.sleep(0.001)
             store.woken.set()
             doomed.join(GENEROUS_S)
             assert not doomed.is_alive()
