@@ -5,7 +5,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup up demo test test-compose chaos chaos-sim bench bench-failover bench-planner check format
+.PHONY: help setup up demo test test-compose chaos chaos-sim soak bench bench-failover bench-planner check format
 
 help:
 	@echo "make up            start a cluster on http://127.0.0.1:8000; Ctrl-C stops it"
@@ -15,7 +15,8 @@ help:
 	@echo "make chaos         kill and stop processes under load; ARGS=\"--seed 1 --seconds 600\""
 	@echo "make chaos-sim     ten thousand simulated stories and all mutants; goes on where it was interrupted"
 	@echo "make bench         tokens per second and latencies, against one process without services"
-	@echo "make bench-failover  kill and stop ranks under load; what the clients saw, as table and picture"
+	@echo "make bench-failover  kill, stop, scale under load; what the clients saw; ARGS=\"--sections ranks,services,scaling\""
+	@echo "make soak          ten minutes of full load on busy cores: nobody may be removed; ARGS=\"--seconds 600\""
 	@echo "make bench-planner   expert placement: balance, moves, coverage, time against the greedy scheme"
 	@echo "make check         ruff, ruff format, mypy --strict"
 	@echo "make format        rewrite what ruff can mend"
@@ -54,6 +55,9 @@ bench: $(STAMP)
 
 bench-failover: $(STAMP)
 	@$(BIN)/python -m benchmarks.failover $(ARGS)
+
+soak: $(STAMP)
+	@$(BIN)/python -m benchmarks.false_removal $(ARGS)
 
 bench-planner: $(STAMP)
 	@$(BIN)/python -m benchmarks.planner $(ARGS)

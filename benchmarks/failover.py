@@ -1,9 +1,14 @@
-"""What a failure costs: 32 streams on 4 decode ranks, ranks killed and stopped under them, all seen by the clients.
+"""What a failure costs: 32 streams on 4 decode ranks while parts of the cluster go, all seen by the clients.
 
-    python -m benchmarks.failover [--kills 20] [--stops 10] [--streams 32] [--model DIR] [--output PREFIX]
+    python -m benchmarks.failover [--sections ranks,services,scaling] [--kills 20] [--stops 10] [--streams 32]
+                                  [--repeats 3] [--model DIR] [--output PREFIX]
+
+    ranks      decode ranks killed and stopped
+    services   monitor, planner and agent killed and stopped
+    scaling    4 -> 6 -> 3 -> 4 ranks, 2 -> 3 -> 1 -> 2 prefill workers
 
 Every stream is compared, text and log-probability bits, with the same request of the fault-free run before. A fault
-counts only with the monitor's proof. Writes PREFIX.json, PREFIX.md and PREFIX.svg.
+counts only with proof. Writes PREFIX.json, PREFIX.md and, of the ranks, PREFIX.svg.
 """
 
 import argparse
@@ -14,123 +19,101 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import aiohttp
-
-from benchmarks.failover_report import AFTER_S, Fault, picture, summary, table
+from benchmarks import failover_ranks, failover_scaling, failover_services
+from benchmarks.failover_report import Window, is_perfect, picture, summary, table, verdict, window_figures
 from benchmarks.load_generator import LoadGenerator, bodies_for
 from benchmarks.provenance import provenance
-from common.fault_answers import proof_of
-from common.messages import View
-from services.cli.fault import FaultClient, fault_event
-from services.cli.run_directory import monitor_address
 from services.cli.temporary_cluster import temporary_cluster
-from services.cli.view_watch import watch_views
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_TOKENS, NUM_BODIES = 240, 64
-_REMOVED_S, _REJOIN_S, _REST_S = 30.0, 60.0, 1.0
+SECTIONS = ("ranks", "services", "scaling")
+SCALING_STEPS = [(6, 3), (3, 1), (4, 2)]
+_WARM_UP_S = 3.0
 
-Views = list[tuple[float, View]]
-
-
-async def inject(url: str, bus: FaultClient, views: Views, action: str) -> Fault:
-    """One fault on the rank that serves most streams, followed until the rank serves again."""
-    async with aiohttp.ClientSession() as session:
-        cluster, requests = [await _get(session, f"{url}/{path}") for path in ("cluster", "requests")]
-    serving = [entry for entry in cluster["ranks"] if entry["state"] == "serving"]
-    victim = max(serving, key=lambda entry: int(entry["running"]))
-    rank, incarnation = int(victim["rank"]), int(victim["incarnation"])
-    victims = tuple(request["id"] for request in requests["requests"] if request["rank"] == rank)
-    at = time.monotonic()
-    answer = await asyncio.to_thread(bus.inject, fault_event(action, rank, None))
-    if answer["status"] != "done":
-        raise RuntimeError(f"{action} of rank {rank} did not take effect: {proof_of(answer)}")
-
-    def is_out(view: View) -> bool:
-        return all(member.incarnation != incarnation for member in view.members)
-
-    def is_back(view: View) -> bool:
-        return any(member.rank == rank and member.incarnation > incarnation for member in view.members)
-
-    removed_at = await _seen(views, at, is_out, _REMOVED_S)
-    rejoined_at = await _seen(views, at, is_back, _REJOIN_S)
-    print(f"{action} rank {rank}: out after {removed_at - at:.3f} s, back after {rejoined_at - at:.1f} s", flush=True)
-    return Fault(action, rank, at, removed_at, rejoined_at, victims)
+Records = list[dict[str, Any]]
+Happened = TypeVar("Happened")
 
 
-async def _get(session: aiohttp.ClientSession, url: str) -> Any:
-    async with session.get(url, timeout=aiohttp.ClientTimeout(total=10)) as response:
-        response.raise_for_status()
-        return await response.json()
+class Bench:
+    """A running cluster, the fault-free run, and loads upon request."""
+
+    def __init__(self, options: argparse.Namespace, url: str, base: Path) -> None:
+        self.options, self.url, self.base = options, url, base
+        self._bodies = base / "bodies.json"
+        self._bodies.write_text(json.dumps(bodies_for(options.model.name, NUM_BODIES, MAX_TOKENS)))
+        self.expected, _, _ = self.under_load(lambda: time.sleep(options.calm_s))
+        assert {record["body"] for record in self.expected} == set(range(NUM_BODIES)), "raise --calm-s"
+        print(f"fault-free: {len(self.expected)} requests", flush=True)
+
+    def under_load(self, act: Callable[[], Happened]) -> tuple[Records, Happened, tuple[float, float]]:
+        """The records of all streams, what ``act`` returned, and the span of time."""
+        start = time.monotonic()
+        load = LoadGenerator(self.url, self._bodies, self.base / "records.json", self.options.streams)
+        time.sleep(_WARM_UP_S)
+        happened = act()
+        return load.finish(), happened, (start, time.monotonic())
+
+    def ranks(self) -> dict[str, Any]:
+        actions = failover_ranks.order_of(self.options.kills, self.options.stops)
+        records, faults, span = self.under_load(
+            lambda: asyncio.run(failover_ranks.run_faults(self.url, self.base / "run", actions))
+        )
+        self.options.output.with_suffix(".svg").write_text(picture(records, faults, span))
+        return summary(records, self.expected, faults, span)
+
+    def services(self) -> dict[str, Any]:
+        def act() -> list[Window]:
+            return failover_services.run_faults(self.base / "run", failover_services.KINDS, self.options.repeats)
+
+        return self._windows(act)
+
+    def scaling(self) -> dict[str, Any]:
+        return self._windows(lambda: failover_scaling.run_scalings(self.base / "run", SCALING_STEPS))
+
+    def _windows(self, act: Callable[[], list[Window]]) -> dict[str, Any]:
+        records, windows, _ = self.under_load(act)
+        return verdict(records, self.expected) | window_figures(records, windows)
 
 
-async def _seen(views: Views, since: float, is_it: Callable[[View], bool], within_s: float) -> float:
-    """When a view for which ``is_it`` holds was published; raises RuntimeError when none is in time."""
-    while time.monotonic() < since + within_s:
-        for at, view in views:
-            if at > since and is_it(view):
-                return at
-        await asyncio.sleep(0.005)
-    raise RuntimeError(f"the view did not come within {within_s:.0f} s")
-
-
-async def run_faults(url: str, run_dir: Path, actions: list[str]) -> list[Fault]:
-    """One after the other, each in a whole group again, far enough apart that their windows do not overlap."""
-    address = monitor_address(run_dir)
-    faults = []
-    async with watch_views(address) as views:
-        with FaultClient(address) as bus:
-            await asyncio.sleep(2 * _REST_S)
-            for action in actions:
-                fault = await inject(url, bus, views, action)
-                faults.append(fault)
-                await asyncio.sleep(max(_REST_S, fault.at + AFTER_S + _REST_S - time.monotonic()))
-    return faults
-
-
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     origin = provenance()
-    # Stops between kills, so that neither kind has the warmer cluster.
-    kills, stops = ["kill"] * arguments.kills, ["stop"] * arguments.stops
-    actions = [action for pair in zip(kills[::2], kills[1::2], stops, strict=False) for action in pair]
-    actions += kills[2 * len(stops) :] + stops[len(kills) // 2 :]
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="regrow-failover-") as directory:
-        base = Path(directory)
-        (base / "bodies.json").write_text(json.dumps(bodies_for(arguments.model.name, NUM_BODIES, MAX_TOKENS)))
-        with temporary_cluster(base / "run", arguments.model, 4, 2) as url:
-            calm = LoadGenerator(url, base / "bodies.json", base / "calm.json", arguments.streams)
-            time.sleep(arguments.calm_s)
-            expected = calm.finish()
-            assert {record["body"] for record in expected} == set(range(NUM_BODIES)), "raise --calm-s"
-            print(f"fault-free: {len(expected)} requests", flush=True)
-            start = time.monotonic()
-            load = LoadGenerator(url, base / "bodies.json", base / "load.json", arguments.streams)
-            faults = asyncio.run(run_faults(url, base / "run", actions))
-            records = load.finish()
-            span = (start, time.monotonic())
-    figures = summary(records, expected, faults, span)
+        base = Path(directory).resolve()
+        with temporary_cluster(base / "run", options.model, 4, 2) as url:
+            bench = Bench(options, url, base)
+            figures = {section: getattr(bench, section)() for section in options.sections}
     text = "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in origin.items())
-    report = f"# Failover\n\n{text}\n- streams: {arguments.streams} of {MAX_TOKENS} tokens\n\n{table(figures)}\n"
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".md").write_text(report)
-    arguments.output.with_suffix(".svg").write_text(picture(records, faults, span))
-    arguments.output.with_suffix(".json").write_text(json.dumps({**origin, "figures": figures}, indent=1) + "\n")
+    tables = "\n\n".join(f"## {section}\n\n{table(values)}" for section, values in figures.items())
+    report = f"# Failover\n\n{text}\n- streams: {options.streams} of {MAX_TOKENS} tokens\n\n{tables}\n"
+    options.output.with_suffix(".md").write_text(report)
+    options.output.with_suffix(".json").write_text(json.dumps({**origin, "figures": figures}, indent=1) + "\n")
     print(report)
     return figures
 
 
+def _sections(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in SECTIONS]:
+        raise argparse.ArgumentTypeError(f"no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
+    return names
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sections", type=_sections, default=list(SECTIONS), help="comma-separated")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--stops", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=3, help="of each fault of a service")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--calm-s", type=float, default=45.0, help="length of the fault-free run")
     parser.add_argument("--model", type=Path, default=ROOT / "tests" / "fixtures" / "tiny-random")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/failover_cpu"))
     figures = measure(parser.parse_args())
-    return 0 if figures["requests"] == figures["completed"] == figures["equal_to_fault_free"] else 1
+    return 0 if all(is_perfect(values) for values in figures.values()) else 1
 
 
 if __name__ == "__main__":

@@ -25,6 +25,16 @@ class Fault:
     victims: tuple[str, ...]  # request ids
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A span of time around something done to the cluster, or (not ``is_fault``) an equally quiet one beside it."""
+
+    name: str
+    is_fault: bool
+    start: float
+    end: float
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     """Nearest rank; 0.0 of nothing."""
     ordered = sorted(values)
@@ -73,6 +83,49 @@ def join_pauses(records: Sequence[dict[str, Any]], faults: Sequence[Fault]) -> l
     return pauses
 
 
+def gaps_within(records: Sequence[dict[str, Any]], window: Window) -> list[float]:
+    """For each stream, its longest wait that overlaps the window; streams without any have none."""
+    longest = (
+        max(
+            (b - a for a, b in itertools.pairwise(record["times"]) if b > window.start and a < window.end), default=None
+        )
+        for record in records
+    )
+    return [gap for gap in longest if gap is not None]
+
+
+def window_figures(records: Sequence[dict[str, Any]], windows: Sequence[Window]) -> dict[str, Any]:
+    """Gaps of all streams in the windows with the fault and in those without: of each name, and of all together."""
+    figures: dict[str, Any] = {}
+    for name in ("", *dict.fromkeys(window.name for window in windows)):
+        for is_fault, suffix in ((True, "gap"), (False, "gap without it")):
+            chosen = [window for window in windows if window.is_fault is is_fault and name in ("", window.name)]
+            gaps = [gap for window in chosen for gap in gaps_within(records, window)]
+            title = f"{name or 'all'}: {suffix}_s"
+            figures |= {f"{title} p99": percentile(gaps, 0.99), f"{title} max": max(gaps, default=0.0)}
+    return figures
+
+
+def verdict(records: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of a run, stream by stream against the fault-free one."""
+    reference = {record["body"]: record for record in expected}
+    same = [
+        all(record[k] == reference[record["body"]][k] for k in ("text", "logprobs", "finish")) for record in records
+    ]
+    wrong_counts = [len(record["logprobs"]) - len(reference[record["body"]]["logprobs"]) for record in records]
+    return {
+        "requests": len(records),
+        "completed": sum(not record["error"] for record in records),
+        "equal_to_fault_free": sum(same),
+        "tokens_lost": -sum(min(0, count) for count in wrong_counts),
+        "tokens_doubled": sum(max(0, count) for count in wrong_counts),
+    }
+
+
+def is_perfect(figures: dict[str, Any]) -> bool:
+    return bool(figures["requests"] == figures["completed"] == figures["equal_to_fault_free"])
+
+
 def rate(records: Sequence[dict[str, Any]], start: float, end: float) -> float:
     """Pieces per second that clients received from ``start`` to ``end``."""
     num_pieces = sum(start <= at < end for record in records for at in record["times"])
@@ -86,19 +139,10 @@ def summary(
     span: tuple[float, float],
 ) -> dict[str, Any]:
     """All figures; ``expected``: records of the fault-free run, ``span``: start and end of the run with faults."""
-    reference = {record["body"]: record for record in expected}
-    same = [
-        all(record[k] == reference[record["body"]][k] for k in ("text", "logprobs", "finish")) for record in records
-    ]
-    wrong_counts = [len(record["logprobs"]) - len(reference[record["body"]]["logprobs"]) for record in records]
     disturbed = [(fault.at, fault.rejoined_at or fault.at + AFTER_S) for fault in faults]
     during_s = sum(end - start for start, end in disturbed)
     figures: dict[str, Any] = {
-        "requests": len(records),
-        "completed": sum(not record["error"] for record in records),
-        "equal_to_fault_free": sum(same),
-        "tokens_lost": -sum(min(0, count) for count in wrong_counts),
-        "tokens_doubled": sum(max(0, count) for count in wrong_counts),
+        **verdict(records, expected),
         "pieces_per_s_fault_free": rate(expected, *_span(expected)),
         "pieces_per_s_while_a_rank_is_missing": sum(rate(records, *w) * (w[1] - w[0]) for w in disturbed) / during_s,
         "pieces_per_s_overall": rate(records, *span),

@@ -1,6 +1,20 @@
 import pytest
 
-from benchmarks.failover_report import Fault, gap_around, gaps_by_group, join_pauses, percentile, rate, summary, table
+from benchmarks.failover_ranks import order_of
+from benchmarks.failover_report import (
+    Fault,
+    Window,
+    gap_around,
+    gaps_by_group,
+    is_perfect,
+    join_pauses,
+    percentile,
+    rate,
+    summary,
+    table,
+    verdict,
+    window_figures,
+)
 
 
 def _record(id: str, times: list[float], logprobs: tuple[str, ...] = ("a", "b"), body: int = 0) -> dict[str, object]:
@@ -53,3 +67,31 @@ def test_rate_and_percentile() -> None:
     assert rate([_record("s", [0.0, 0.5, 1.0, 1.5])], 0.0, 1.0) == 2.0
     assert percentile([], 0.5) == 0.0 and percentile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert percentile(list(range(100)), 0.99) == 99
+
+
+def test_windows_with_a_fault_are_kept_apart_from_the_quiet_ones_beside_them() -> None:
+    windows = [
+        Window("stop x", False, 0.0, 10.0),
+        Window("stop x", True, 10.0, 20.0),
+        Window("kill y", True, 30.0, 40.0),
+    ]
+    records = [_record("a", [1.0, 2.0, 9.0, 9.5]), _record("b", [9.9, 10.5, 31.0, 31.5])]
+    figures = window_figures(records, windows)
+    assert figures["stop x: gap without it_s max"] == pytest.approx(7.0)
+    assert figures["stop x: gap_s max"] == figures["kill y: gap_s max"] == figures["all: gap_s max"] == 20.5
+    assert figures["kill y: gap without it_s max"] == 0.0
+
+
+def test_a_run_is_perfect_only_when_every_stream_is_complete_and_equal() -> None:
+    expected = [_record("e", [0.0], body=0)]
+    assert is_perfect(verdict([_record("a", [0.0]), _record("b", [5.0])], expected))
+    assert not is_perfect(verdict([_record("a", [0.0]), _record("b", [5.0], ("a", "c"))], expected))
+    assert not is_perfect(verdict([{**_record("a", [0.0]), "error": "HTTP 503"}], expected))
+
+
+def test_stops_lie_between_kills_and_none_is_forgotten() -> None:
+    assert order_of(5, 2) == ["kill", "kill", "stop", "kill", "kill", "stop", "kill"]
+    for kills in range(6):
+        for stops in range(6):
+            order = order_of(kills, stops)
+            assert (order.count("kill"), order.count("stop")) == (kills, stops)
