@@ -31,6 +31,7 @@ class RouterConfig(_Section, frozen=True):
     request_deadline_s: float = 300.0
     no_news_s: float = 1.0  # then ask for what is missing
     max_asks: int = 3  # unanswered asks, then place again
+    prefill_wait_s: float = 1.0  # without a prefill worker for this long: decode ranks compute prompts themselves
     rebalance_difference: int = 2  # move running requests to a new rank while loads differ by more than this
     drain_s: float = 10.0  # finish streams after SIGTERM
 
@@ -49,7 +50,8 @@ class DecodeConfig(_Section, frozen=True):
 
     num_ranks: int = 4  # desired size of the group
     max_ranks: int = 8  # buffers and tables are sized for this once
-    max_batch: int = 32  # tokens of one rank in one round
+    max_batch: int = 32  # requests of one rank that run together
+    prompt_tokens: int = 32  # of prompts, that a rank without prefill workers computes in one round, beside the batch
     block_size: int = 16  # tokens per KV block
     num_kv_blocks: int = 1024
     handoff_bytes: int = 1 << 30  # KV that has come from prefill workers for requests without blocks

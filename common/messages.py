@@ -307,7 +307,7 @@ TopLogprobs = tuple[tuple[int, float], ...]  # (token id, log-probability), the 
 
 
 class Announce(_Message, frozen=True):
-    """router -> decode: expect KV for this attempt. Nothing else makes a rank accept KV."""
+    """router -> decode: expect KV for this attempt, or compute it. Nothing else makes a rank accept KV."""
 
     request: RequestId
     attempt: int
@@ -316,6 +316,7 @@ class Announce(_Message, frozen=True):
     prompt: tuple[int, ...]
     outputs: tuple[int, ...]  # tokens that the client has already
     sampling: Sampling
+    computes_prompt: bool = False  # no prefill worker is left: the rank computes prompt + outputs itself, in its rounds
 
 
 class Prefill(_Message, frozen=True):

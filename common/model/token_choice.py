@@ -82,3 +82,14 @@ def token_logprobs(logits_V: npt.NDArray[np.float32], token: int, num_top: int) 
         candidates = np.flatnonzero(shifted >= least)
         top = candidates[np.argsort(-shifted[candidates], kind="stable")][:num_top].tolist()
     return float(shifted[token]) - log_total, tuple((id, float(shifted[id]) - log_total) for id in top)
+
+
+def prompt_logprobs(
+    logits_SV: npt.NDArray[np.float32], sampling: Sampling, prompt: Sequence[int], start: int
+) -> list[tuple[float, TopLogprobs]]:
+    """`token_logprobs` of the prompt tokens that follow positions start, start + 1, ..., whose logits these are."""
+    followers = prompt[start + 1 : start + 1 + len(logits_SV)]  # nothing follows the last one
+    return [
+        token_logprobs(logits_V, token, sampling.num_top_logprobs)
+        for token, logits_V in zip(followers, logits_SV, strict=False)
+    ]

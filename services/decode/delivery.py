@@ -1,13 +1,14 @@
 """The requests of a decode rank, from their announcement to their release. Pure; PROTOCOL section 6.
 
     announce --> ANNOUNCED --all KV--> HELD --blocks--> RUNNING --stop or length--> FINISHED --release--> gone
-                     any of them --abort, higher attempt--> gone (a tombstone stays)
+        |                               ^
+        '------ computes_prompt --------'    any of them --abort, higher attempt--> gone (a tombstone stays)
+
+A request that comes without KV computes its prompt while it is RUNNING, a part of it in each round.
 
 Invariants: at most one attempt of a request lives; outputs only grow; what was sent once is what is sent again; KV is
 taken only for an announced attempt of this incarnation. Everything that is kept has a bound in number and in time.
 """
-
-from collections.abc import Iterator
 
 from common.ids import NO_RANK, Epoch, Incarnation, ProcessId, Rank, RequestId
 from common.messages import (
@@ -29,7 +30,7 @@ from services.decode.actions import Send
 from services.decode.batch_scheduler import BatchScheduler
 from services.decode.early_kv import EarlyKv, Frames
 from services.decode.kv_pieces import KvPiece, KvPieces
-from services.decode.request import Admission, Request, RequestLimits, Stage, Step
+from services.decode.request import Admission, PromptLogprobs, Request, RequestLimits, Stage, Step
 from services.decode.tombstones import Tombstones
 
 MAX_REQUESTS = 4096
@@ -40,12 +41,18 @@ INCOMPLETE_KEPT_S = 1.0  # KV whose end has come; the pieces before it are lost,
 
 
 class Delivery:
-    """``handoff_bytes`` bounds the KV that has come for requests without blocks; a single request may have more."""
+    """``handoff_bytes`` bounds the KV that has come for requests without blocks; a single request may have more.
+    ``prompt_tokens`` bounds the rows of prompts in one round, so that those who decode keep their pace."""
 
     def __init__(
-        self, scheduler: BatchScheduler[RequestId], limits: RequestLimits, handoff_bytes: int = 1 << 30
+        self,
+        scheduler: BatchScheduler[RequestId],
+        limits: RequestLimits,
+        handoff_bytes: int = 1 << 30,
+        prompt_tokens: int = 32,
     ) -> None:
-        self._scheduler, self._limits, self._handoff_bytes = scheduler, limits, handoff_bytes
+        self._scheduler, self._limits = scheduler, limits
+        self._handoff_bytes, self._prompt_tokens = handoff_bytes, prompt_tokens
         self._rank, self._incarnation = NO_RANK, Incarnation(0)
         self._requests: dict[RequestId, Request] = {}
         self._early_kv = EarlyKv()
@@ -54,7 +61,7 @@ class Delivery:
         self._repeat_at = 0.0
         self.num_committed = 0
         self.num_stale = 0
-        self.num_prompt_tokens = 0  # computed here; prefill workers do that, so it stays 0
+        self.num_prompt_tokens = 0  # computed here, since no prefill worker was left
 
     def open(self, rank: Rank, incarnation: Incarnation) -> None:
         """A new slot: nothing of the last one counts any more."""
@@ -97,7 +104,9 @@ class Delivery:
         max_outputs = min(announce.sampling.max_tokens, self._limits.max_positions - len(announce.prompt))
         limits, num_tokens = self._limits, len(announce.prompt) + len(announce.outputs)
         kv = KvPieces(limits.num_kv_layers, num_tokens, limits.kv_bytes_per_token)
-        self._requests[request] = Request(announce, max_outputs, now, list(announce.outputs), kv)
+        known = self._requests[request] = Request(announce, max_outputs, now, list(announce.outputs), kv)
+        if announce.computes_prompt:
+            return self._queue(known)
         return [send for early in self._early_kv.take(request, attempt) for send in self.on_kv(*early, now)]
 
     def on_kv(self, handoff: KvPart | KvHandoff, frames: Frames, now: float) -> list[Send]:
@@ -140,15 +149,18 @@ class Delivery:
         return ""
 
     def _hold(self, known: Request, handoff: KvHandoff, now: float) -> list[Send]:
-        known.stage, known.num_computed = Stage.HELD, known.num_context_tokens
+        known.num_computed = known.num_context_tokens
         known.prompt_logprobs = handoff.prompt_logprobs
         self._append(known, handoff.first_token, handoff.first_logprob, handoff.first_top, now)
-        if not known.finish:
-            reason = self._scheduler.submit(handoff.request, len(known.announce.prompt) + known.max_outputs - 1)
-            if reason:
-                return self._refuse(known, reason)
+        if not known.finish and (refusal := self._queue(known)):
+            return refusal
         self._tell(known, len(known.ids) - 1)
         return []
+
+    def _queue(self, known: Request) -> list[Send]:
+        known.stage = Stage.HELD
+        reason = self._scheduler.submit(known.announce.request, len(known.announce.prompt) + known.max_outputs - 1)
+        return self._refuse(known, reason) if reason else []
 
     def on_have(self, have: Have, peer: ProcessId) -> list[Send]:
         known = self._requests.get(have.request)
@@ -195,22 +207,46 @@ class Delivery:
             known.kv.clear()
         return admissions
 
-    def steps(self) -> Iterator[Step]:
-        """What the next round computes, a token for each running request."""
-        for request, table in self._scheduler.batch():
-            yield self._requests[request].step(table, most=1)
+    def steps(self) -> list[Step]:
+        """What the next round computes: a token for each request that decodes, and parts of the prompts, each its fair
+        share of ``prompt_tokens``; what the shortest do not use is for the others."""
+        running = [(self._requests[request], table) for request, table in self._scheduler.batch()]
+        steps = [known.step(table, most=1) for known, table in running if known.num_left == 1]
+        if len(steps) == len(running):
+            return steps
+        prompts = sorted((item for item in running if item[0].num_left > 1), key=lambda item: item[0].num_left)
+        budget = self._prompt_tokens
+        for number, (known, table) in enumerate(prompts):
+            if share := budget // (len(prompts) - number):
+                steps.append(known.step(table, share))
+                budget -= len(steps[-1].token_ids)
+        return steps
 
-    def commit(self, step: Step, token: int, logprob: float, now: float, top: TopLogprobs = ()) -> None:
+    def commit(
+        self,
+        step: Step,
+        token: int,
+        logprob: float,
+        now: float,
+        top: TopLogprobs = (),
+        prompt_logprobs: PromptLogprobs = (),
+    ) -> None:
         """A clean round's token of one request. KV of the round is written already."""
         known = self._requests[step.request]
-        assert known.stage is Stage.RUNNING and step.output_index == len(known.ids), "a token out of order"
-        assert step.position == known.num_computed, "positions out of order"
-        self.num_prompt_tokens += max(0, min(step.stop, known.num_context_tokens) - step.position)
-        known.num_computed = step.stop
+        assert step.samples and step.output_index == len(known.ids), "a token out of order"
+        self.advance(step, prompt_logprobs)
         self._append(known, token, logprob, top, now)
         self._tell(known, step.output_index)
         if known.finish:
             self._scheduler.remove(step.request)
+
+    def advance(self, step: Step, prompt_logprobs: PromptLogprobs = ()) -> None:
+        """The step's KV is written; of a step that does not sample that is all."""
+        known = self._requests[step.request]
+        assert known.stage is Stage.RUNNING and step.position == known.num_computed, "positions out of order"
+        self.num_prompt_tokens += max(0, min(step.stop, known.num_context_tokens) - step.position)
+        known.num_computed = step.stop
+        known.prompt_logprobs += prompt_logprobs
 
     def flush(self, epoch: Epoch) -> list[Send]:
         """All news since the last call, one message for each router."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from common.config import ClusterConfig
@@ -19,7 +20,7 @@ from common.model.checkpoint import Checkpoint
 from common.model.experts import VoidRound
 from common.model.kv_cache import write_kv
 from common.model.model import Batch, Model
-from common.model.token_choice import TokenChoice, choose
+from common.model.token_choice import choose, prompt_logprobs
 from common.placement import ReplicaChoice
 from common.view import digest, orphans, ranks
 from kernels.epoch_state import CLEAN
@@ -29,7 +30,7 @@ from kernels.symmetric_memory.shm import ShmProvider
 from services.decode.elastic_exchange import ElasticExchange
 from services.decode.expert_slots import ExpertSlots
 from services.decode.rank_heap import PeerHeaps, heap_name, rank_heap_layout
-from services.decode.request import Admission, RequestLimits, Step
+from services.decode.request import Admission, Computed, RequestLimits, Step
 from services.decode.round_header import NEWCOMER_HEADER, RoundHeader
 
 
@@ -169,8 +170,8 @@ class RankEngine:
             layers = slice(piece.first_layer, piece.first_layer + piece.num_layers)
             write_kv(cache_LBPC[layers], table_M, piece.start, rows_LNC)
 
-    def compute(self, steps: Sequence[Step]) -> list[TokenChoice] | None:
-        """The next token of each step; None: the round is void, and so is all that it wrote.
+    def compute(self, steps: Sequence[Step]) -> list[Computed] | None:
+        """What comes of each step; None: the round is void, and so is all that it wrote.
 
         To be called in every round in which any member has tokens, also without own ones.
         """
@@ -179,10 +180,11 @@ class RankEngine:
             logits_SV = self._model.forward(_batch(steps)).numpy()
         except VoidRound:
             return None
-        outputs = [
-            choose(logits_V, step.sampling, step.prompt, step.outputs)
-            for step, logits_V in zip(steps, logits_SV, strict=True)
-        ]
+        outputs, row = [], 0
+        for step in steps:
+            num_rows = _num_logits(step)
+            outputs.append(_computed(step, logits_SV[row : row + num_rows]))
+            row += num_rows
         # Read once, at the end: clean now means that all which this round has received was complete (PROTOCOL 2.4).
         return outputs if self._open_group().status == CLEAN else None
 
@@ -197,6 +199,16 @@ class RankEngine:
     def _open_group(self) -> ElasticGroup:
         assert self.group is not None, "no slot open"
         return self.group
+
+
+def _num_logits(step: Step) -> int:
+    return len(step.token_ids) if step.judges_prompt else int(step.samples)
+
+
+def _computed(step: Step, logits_SV: npt.NDArray[np.float32]) -> Computed:
+    judged = prompt_logprobs(logits_SV, step.sampling, step.prompt, step.position) if step.judges_prompt else ()
+    choice = choose(logits_SV[-1], step.sampling, step.prompt, step.outputs) if step.samples else None
+    return Computed(choice, tuple(judged))
 
 
 def _batch(steps: Sequence[Step]) -> Batch:
@@ -214,5 +226,7 @@ def _batch(steps: Sequence[Step]) -> Batch:
         position_T=np.arange(ends[-1]) + np.repeat(starts - (ends - sizes), sizes),
         request_index_T=np.repeat(np.arange(len(steps)), sizes),
         block_table_RW=tables,
-        logit_index_S=ends - 1,
+        logit_index_S=np.concatenate([np.arange(e - _num_logits(step), e) for step, e in zip(steps, ends, strict=True)])
+        if any(not step.samples or step.judges_prompt for step in steps)
+        else ends - 1,
     )

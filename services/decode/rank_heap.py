@@ -32,7 +32,7 @@ def rank_heap_layout(checkpoint: Checkpoint, decode: DecodeConfig) -> HeapLayout
     return HeapLayout.build(
         EpShape(
             max_ranks=decode.max_ranks,
-            max_tokens=decode.max_batch,
+            max_tokens=decode.max_batch + decode.prompt_tokens,
             top_k=model.num_experts_per_tok,
             hidden_size=model.hidden_size,
             num_header_words=NUM_HEADER_WORDS,

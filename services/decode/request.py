@@ -10,6 +10,7 @@ from enum import Enum
 
 from common.ids import RequestId
 from common.messages import Announce, KvHandoff, Sampling, Tokens, TopLogprobs
+from common.model.token_choice import TokenChoice
 from services.decode.kv_pieces import KvPiece, KvPieces
 
 PromptLogprobs = tuple[tuple[float, TopLogprobs], ...]
@@ -59,6 +60,14 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Computed:
+    """What came of a step: the sampled token, if it samples, and log-probabilities of the prompt, if it judges that."""
+
+    choice: TokenChoice | None
+    prompt_logprobs: PromptLogprobs = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Admission:
     """Write this KV into these blocks before the next round."""
 
@@ -91,6 +100,11 @@ class Request:
     @property
     def num_known_tokens(self) -> int:
         return len(self.announce.prompt) + len(self.ids)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens to compute before the next one can be sampled: 1 for a request that decodes."""
+        return self.num_known_tokens - self.num_computed
 
     def step(self, block_table: tuple[int, ...], most: int) -> Step:
         """The next at most ``most`` tokens."""

@@ -30,7 +30,6 @@ from common.messages import (
     Wake,
     Welcome,
 )
-from common.model.token_choice import TokenChoice
 from common.view import ranks
 from services.decode import actions
 from services.decode.actions import Action, Send
@@ -39,7 +38,7 @@ from services.decode.delivery import Delivery
 from services.decode.membership import Membership, RankState
 from services.decode.rank_engine import RankEngine
 from services.decode.rank_status import RankStatus
-from services.decode.request import Step
+from services.decode.request import Computed, Step
 from services.decode.round_header import NEWCOMER_HEADER, RoundHeader, RoundPlan
 
 BARE_ROUND_S = 0.002  # between rounds without tokens while a view is prepared
@@ -234,7 +233,8 @@ class Stream:
         self._engine = RankEngine(config, self._heap_dir, self._process)
         blocks: BlockAllocator[RequestId] = BlockAllocator(config.decode.num_kv_blocks, config.decode.block_size)
         self._scheduler = BatchScheduler(blocks, config.decode.max_batch, _MAX_WAITING)
-        self._delivery = Delivery(self._scheduler, self._engine.limits, config.decode.handoff_bytes)
+        handoff_bytes, prompt_tokens = config.decode.handoff_bytes, config.decode.prompt_tokens
+        self._delivery = Delivery(self._scheduler, self._engine.limits, handoff_bytes, prompt_tokens)
         self._membership.lonely_s = config.decode.lonely_s
 
     def _begin_life(self) -> None:
@@ -321,7 +321,7 @@ class Stream:
         header, steps = self._header_and_steps()
         headers = engine.exchange_headers(header, self._must_stop)
         plan = RoundPlan.of(headers) if headers else None
-        outputs: list[TokenChoice] | None = None
+        outputs: list[Computed] | None = None
         if plan:
             self._num_headers += 1
             outputs = engine.compute(steps) if plan.num_tokens else []
@@ -332,8 +332,12 @@ class Stream:
             self._perform(membership.on_void_round(group.step, self._accused(), now))
             return
         self.num_rounds += 1
-        for step, (token, logprob, top) in zip(steps, outputs, strict=True):
-            delivery.commit(step, token, logprob, now, top)
+        for step, computed in zip(steps, outputs, strict=True):
+            if computed.choice is None:
+                delivery.advance(step, computed.prompt_logprobs)
+            else:
+                token, logprob, top = computed.choice
+                delivery.commit(step, token, logprob, now, top, computed.prompt_logprobs)
         self._send(delivery.flush(membership.epoch))
         if plan.num_tokens == 0:
             self._all_idle = plan.all_idle
@@ -346,9 +350,9 @@ class Stream:
         if self._announced == membership.epoch:
             self._announced = Epoch(0)
             return NEWCOMER_HEADER, []
-        steps = [] if self._engine.has_orphans else list(self._delivery.steps())
+        steps = [] if self._engine.has_orphans else self._delivery.steps()
         idle = not steps and not membership.is_staging
-        return RoundHeader(len(steps), idle, membership.staged_epoch), steps
+        return RoundHeader(sum(len(step.token_ids) for step in steps), idle, membership.staged_epoch), steps
 
     def _accused(self) -> tuple[int, ...]:
         group = self._engine.group if self._engine else None

@@ -21,7 +21,7 @@ from common.model.checkpoint import Checkpoint
 from common.model.experts import LocalExperts
 from common.model.kv_cache import kv_block_bytes, kv_cache_shape, read_kv
 from common.model.model import Batch, Model
-from common.model.token_choice import TokenChoice, choose, token_logprobs
+from common.model.token_choice import TokenChoice, choose, prompt_logprobs
 from services.prefill.prefill_queue import Attempt, Chunk, PrefillLimits
 
 
@@ -73,7 +73,11 @@ class PrefillEngine:
         results, row = {}, 0
         for chunk in chunks:
             num_rows = _num_logits(chunk)
-            _note_prompt_logprobs(chunk, logits_SV[row : row + num_rows])
+            if chunk.judges_prompt:
+                sampling, prompt = chunk.prefill.sampling, chunk.prefill.prompt
+                chunk.prompt_logprobs.extend(
+                    prompt_logprobs(logits_SV[row : row + num_rows], sampling, prompt, chunk.start)
+                )
             row += num_rows
             if chunk.is_last:
                 results[chunk.attempt] = self._finish(chunk, logits_SV[row - 1])
@@ -96,15 +100,6 @@ class PrefillEngine:
 def _num_logits(chunk: Chunk) -> int:
     """Rows of logits that a chunk needs: its last tokens' ones. All of them where the prompt itself is judged."""
     return len(chunk.tokens) if chunk.judges_prompt else int(chunk.is_last)
-
-
-def _note_prompt_logprobs(chunk: Chunk, logits_SV: npt.NDArray[np.float32]) -> None:
-    """Log-probabilities of the prompt tokens that follow those of the chunk."""
-    if chunk.judges_prompt:
-        followers = chunk.prefill.prompt[chunk.start + 1 : chunk.start + 1 + len(chunk.tokens)]
-        for token, logits_V in zip(followers, logits_SV, strict=False):  # nothing follows the last one
-            num_top = chunk.prefill.sampling.num_top_logprobs
-            chunk.prompt_logprobs.append(token_logprobs(logits_V, token, num_top))
 
 
 def _batch(chunks: Sequence[Chunk]) -> Batch:

@@ -1,6 +1,7 @@
 """One request from acceptance to its last token. No clock, no sockets: events in, actions out.
 
     QUEUED --place--> PREFILLING --PrefillDone--> HANDING_OFF --first tokens--> DECODING --finish--> DONE
+                          |     (at once if the rank computes the prompt itself)    |
                           |            (tokens may come first)                      |
                           +-------- place lost, left, refused or silent ------------+--> REPLACING --place--> PREFILLING
     any of them --deadline or client gone--> FAILED
@@ -61,7 +62,11 @@ class Place:
     incarnation: Incarnation
     decode: ProcessId
     endpoint: str  # of the decode rank
-    prefill: ProcessId
+    prefill: ProcessId  # the decode rank itself when there is no prefill worker
+
+    @property
+    def computes_prompt(self) -> bool:
+        return self.prefill == self.decode
 
 
 @dataclass(slots=True)
@@ -112,7 +117,13 @@ class RequestLifecycle:
         self.place, self._prefill_lost = place, False
         self._last_news, self._num_asks = now, 0
         outputs = tuple(self.outputs)
-        announce = Announce(self.id, self.attempt, self.router, place.incarnation, self.prompt, outputs, self.sampling)
+        announce = Announce(
+            self.id, self.attempt, self.router, place.incarnation, self.prompt, outputs, self.sampling,
+            place.computes_prompt,
+        )  # fmt: skip
+        if place.computes_prompt:
+            self.machine.move(State.HANDING_OFF, now, "no prefill worker is left")
+            return [Send(place.decode, announce)]
         prefill = Prefill(
             self.id, self.attempt, self.router, self.prompt, outputs, self.sampling,
             place.rank, place.incarnation, place.endpoint,
@@ -174,10 +185,10 @@ class RequestLifecycle:
         )
 
     def _on_nothing_new(self, tokens: Tokens, now: float) -> list[Action]:
-        """Doubled tokens, or "alive" (no ids): a decoding rank is believed, but one that still lacks the KV is not
-        a reason to wait on, since the KV may have been lost."""
+        """Doubled tokens, or "alive" (no ids): a rank that decodes or computes the prompt is believed, but one that
+        still lacks the KV is not a reason to wait on, since the KV may have been lost."""
         self.num_stale_tokens += len(tokens.ids)
-        if self.state is State.DECODING:
+        if self.state is State.DECODING or (self.place and self.place.computes_prompt):
             self._heard(now)
         elif self._prefill_lost and not tokens.ids:
             return self.replace("prefill worker lost", now)

@@ -27,6 +27,7 @@ from common.messages import (
     View,
 )
 from services.router.dispatch_policy import RankLoad, choose_prefill, choose_rank, plan_moves
+from services.router.prefill_wait import PrefillWait
 from services.router.prefix_homes import PrefixHomes
 from services.router.request_actions import Action, Send
 from services.router.request_lifecycle import Place, RequestLifecycle, State
@@ -42,6 +43,7 @@ class RequestTable:
         self._directory: Directory | None = None
         self._ranks: dict[Rank, RankLoad] = {}
         self._prefill: tuple[ProcessId, ...] = ()
+        self._prefill_wait: PrefillWait = PrefillWait(config.router.prefill_wait_s)
         self._prefix_homes = PrefixHomes(config.decode.block_size)
         self._filling: set[Rank] = set()  # new ranks that running requests still move to
         self._moving: set[RequestId] = set()  # moved there and not yet decoding again
@@ -68,9 +70,9 @@ class RequestTable:
     def num_ranks(self) -> int:
         return len(self._ranks)
 
-    @property
-    def num_prefill_workers(self) -> int:
-        return len(self._prefill)
+    def waits_for_prefill(self, now: float) -> bool:
+        """There is no prefill worker, and nobody computes prompts in its place yet."""
+        return self._prefill_wait.is_on(now)
 
     def snapshot(self) -> list[dict[str, object]]:
         """Every request in flight, for people: where it is and how far. ``rank`` is -1 while it has no place."""
@@ -141,10 +143,12 @@ class RequestTable:
             return []
         self._directory = directory
         self._prefill = tuple(worker.process for worker in directory.of_kind("prefill") if worker.state == "up")
+        self._prefill_wait.on_workers(len(self._prefill), now)
         listed = {worker.process for worker in directory.of_kind("prefill") if worker.state != "dead"}
         actions: list[Action] = []
         for request in self._requests.values():
-            if request.place is not None and request.place.prefill not in listed:
+            place = request.place
+            if place is not None and not place.computes_prompt and place.prefill not in listed:
                 actions += request.on_prefill_lost(now)
         return self._settle(actions, now)
 
@@ -212,7 +216,7 @@ class RequestTable:
 
     def _place_waiting(self, now: float) -> list[Action]:
         waiting = [r for r in self._requests.values() if r.state in _WAITING and now >= r.not_before]
-        if not waiting or not self._ranks or not self._prefill:
+        if not waiting or not self._ranks or self._prefill_wait.is_on(now):
             return []
         self._count_load()
         pending = self._count_pending_prefill()
@@ -227,7 +231,8 @@ class RequestTable:
         """Moves requests to new ranks, as many at a time as there are prefill workers: a move pauses its stream for one
         prefill, and for all those queued before it."""
         self._moving = {id for id in self._moving if (r := self._requests.get(id)) and r.state is not State.DECODING}
-        if not self._filling or len(self._moving) >= len(self._prefill):
+        most = max(1, len(self._prefill))
+        if not self._filling or len(self._moving) >= most or self._prefill_wait.is_on(now):
             return []
         running: dict[Rank, list[tuple[int, RequestId]]] = {rank: [] for rank in self._ranks}
         for request, place in self._placed():
@@ -238,7 +243,7 @@ class RequestTable:
         self._count_load()
         pending = self._count_pending_prefill()
         actions: list[Action] = []
-        for id, target in moves[: len(self._prefill) - len(self._moving)]:
+        for id, target in moves[: most - len(self._moving)]:
             request = self._requests[id]
             actions += request.replace("moved", now)
             actions += self._place(request, self._ranks[target], pending, now)
@@ -248,10 +253,11 @@ class RequestTable:
     def _place(
         self, request: RequestLifecycle, rank: RankLoad, pending: dict[ProcessId, int], now: float
     ) -> list[Action]:
-        prefill = self._choose_prefill(request, pending)
+        prefill = self._choose_prefill(request, pending) if pending else rank.member.process
         rank.num_in_flight += 1
         rank.num_reserved_blocks += self._num_blocks(request)
-        pending[prefill] += request.num_context_tokens
+        if pending:
+            pending[prefill] += request.num_context_tokens
         member = rank.member
         place = Place(member.rank, member.incarnation, member.process, member.endpoint, prefill)
         return request.on_place(place, now)

@@ -151,7 +151,7 @@ class Router:
             return "waiting for the monitor"
         if self._table.num_ranks == 0:
             return "no decode rank"
-        if self._table.num_prefill_workers == 0:
+        if self._table.waits_for_prefill(time.monotonic()):
             return "no prefill worker"
         return None
 

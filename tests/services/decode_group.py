@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from common.config import ClusterConfig, DecodeConfig, ModelConfig
@@ -107,6 +108,14 @@ class Reference:
         logits = self.model.forward(batch)[0].numpy()
         return sample(logits, temperature=request.temperature, seed=7, output_index=index)
 
+    def logits(self, ids: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """Of the last token."""
+        zeros, end = np.zeros(len(ids), dtype=np.int64), np.array([len(ids) - 1])
+        logits: npt.NDArray[np.float32] = self.model.forward(
+            Batch(np.array(ids), np.arange(len(ids)), zeros, self.table[None], end)
+        )[0].numpy()
+        return logits
+
 
 @dataclass
 class RankUnderTest:
@@ -115,6 +124,7 @@ class RankUnderTest:
     heap_dir: Path
     incarnation: Incarnation = NO_INCARNATION
     told: list[Message] = field(default_factory=list)
+    batches: list[TokenBatch] = field(default_factory=list)
     ended: list[BaseException | None] = field(default_factory=list)
 
     def member(self, rank: int) -> Member:
@@ -218,6 +228,14 @@ class Group:
         )
         made.stream.deliver(PREFILL, kv, frames)
 
+    def announce(self, request: Request, rank: int, outputs: Outputs = (), attempt: int = 1) -> None:
+        """Without KV: the rank computes it."""
+        made, name, known = self.ranks[rank], RequestId(request.name), tuple(token for token, _ in outputs)
+        made.stream.deliver(
+            ROUTER,
+            Announce(name, attempt, ROUTER, made.incarnation, request.prompt, known, request.sampling, True),
+        )
+
     def abort(self, request: Request, rank: int) -> None:
         self.ranks[rank].stream.deliver(ROUTER, Abort(RequestId(request.name), 1))
 
@@ -256,8 +274,9 @@ class Group:
         with self.arrived:
             for action in out:
                 match action:
-                    case actions.Send(message=TokenBatch(items=items)):
-                        for item in items:
+                    case actions.Send(message=TokenBatch() as batch):
+                        made.batches.append(batch)
+                        for item in batch.items:
                             for index, pair in enumerate(zip(item.ids, item.logprobs, strict=True), item.start):
                                 known = self.outputs[item.request].setdefault(index, pair)
                                 assert known == pair, f"{item.request}: output {index} was {known}, is now {pair}"

@@ -8,15 +8,16 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from msgspec.structs import replace
 
 from common.config import ClusterConfig
-from common.ids import Epoch
-from common.messages import Placement, RollAnswer, RollCall, SlotLeft, TokenBatch, VoidReport
+from common.ids import Epoch, RequestId
+from common.messages import Announce, Placement, RollAnswer, RollCall, Sampling, SlotLeft, TokenBatch, VoidReport
 from common.model.experts import expert_rows
-from common.model.token_choice import TokenChoice
+from common.model.token_choice import choose
 from services.decode import elastic_exchange
-from services.decode.request import Step
-from tests.services.decode_group import MONITOR, Group, Request, decode_group, tiny_config
+from services.decode.request import Computed, Step
+from tests.services.decode_group import MONITOR, ROUTER, Group, Request, decode_group, tiny_config
 
 
 def prompts(num: int, max_tokens: int = 12) -> list[Request]:
@@ -46,6 +47,69 @@ def test_three_ranks_compute_what_one_process_does(tmp_path: Path) -> None:
             counters = made.stream.counters()
             assert counters["prompt_tokens_computed"] == 0
             assert counters["kv_blocks_used"] == 0
+
+
+def test_ranks_compute_prompts_with_the_bits_of_a_prefill_worker(tmp_path: Path) -> None:
+    """Some requests come with KV, the others are computed where they are, several rounds long, at the same time."""
+    with decode_group(3, tmp_path) as group:
+        group.form(3)
+        requests = [*prompts(7), Request("long", tuple((5 * i) % 250 + 2 for i in range(150)), 20)]
+        for number, request in enumerate(requests):
+            (group.announce if number % 2 else group.submit)(request, number % 3)
+        group.await_outputs(requests, count=4)
+        moved = requests[1]  # in the middle: prompt and outputs are computed
+        known = group.outputs_of(moved)[:3]
+        group.abort(moved, 1)
+        group.announce(moved, 2, known, attempt=2)
+        group.await_outputs(requests)
+        assert_exact(group, requests)
+        computed = sum(made.stream.counters()["prompt_tokens_computed"] for made in group.ranks.values())
+        assert computed == sum(len(request.prompt) for request in requests[1::2]) + len(moved.prompt) + 3
+
+
+def test_decoding_goes_on_while_a_prompt_is_computed(tmp_path: Path) -> None:
+    with decode_group(2, tmp_path) as group:
+        group.form(2)
+        engine = group.ranks[0].stream._engine
+        assert engine is not None
+        rows, compute = list[list[int]](), engine.compute
+
+        def watched(steps: Sequence[Step]) -> list[Computed] | None:
+            rows.append([len(step.token_ids) for step in steps])
+            return compute(steps)
+
+        engine.compute = watched  # type: ignore[method-assign]
+        short, long = Request("short", (5, 6, 7), 40), Request("long", tuple(range(2, 202)), 4)
+        group.submit(short, 0)
+        group.await_outputs([short], count=2)
+        group.announce(long, 0)
+        group.await_outputs([short, long])
+        assert_exact(group, [short, long])
+        shared = [of_round for of_round in rows if len(of_round) == 2 and max(of_round) > 1]
+        assert shared == [[1, 32]] * 6 + [[1, 8]], "a token of the one and at most 32 of the other"
+
+
+def test_log_probabilities_of_a_prompt_that_a_rank_computes(tmp_path: Path) -> None:
+    prompt = tuple((3 + 7 * position) % 250 for position in range(45))
+    sampling = Sampling(0.0, 1.0, 0, 3, 2, ignore_eos=True, logprobs=True, num_top_logprobs=4, prompt_logprobs=True)
+    with decode_group(1, tmp_path) as group:
+        group.form(1)
+        made = group.ranks[0]
+        made.stream.deliver(
+            ROUTER, Announce(RequestId("judged"), 1, ROUTER, made.incarnation, prompt, (), sampling, True)
+        )
+        group.wait_until(lambda: len(group.outputs["judged"]) == 2)
+        (judged,) = [
+            item.prompt_logprobs
+            for message in made.batches
+            for item in message.items
+            if item.prompt_logprobs and item.start == 0
+        ][:1]
+    assert len(judged) == len(prompt) - 1
+    for size in (1, 33, 44):
+        forced = replace(sampling, logit_bias=((prompt[size], 100.0),), max_tokens=1)
+        logits = group.reference.logits(prompt[:size])
+        assert judged[size - 1] == choose(logits, forced, prompt[:size], ())[1:]
 
 
 def test_a_dropped_expert_row_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +323,7 @@ def test_tokens_of_a_void_round_are_thrown_away(tmp_path: Path) -> None:
         assert engine is not None
         compute, num_left = engine.compute, 4
 
-        def void_once(steps: Sequence[Step]) -> list[TokenChoice] | None:
+        def void_once(steps: Sequence[Step]) -> list[Computed] | None:
             nonlocal num_left
             outputs = compute(steps)
             num_left -= 1

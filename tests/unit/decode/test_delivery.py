@@ -30,19 +30,32 @@ ROUTER, PREFILL = ProcessId("router"), ProcessId("prefill")
 STOP = 99
 
 
-def make(num_blocks: int = 8, max_batch: int = 4, max_waiting: int = 4, handoff_bytes: int = 1 << 20) -> Delivery:
+def make(
+    num_blocks: int = 8,
+    max_batch: int = 4,
+    max_waiting: int = 4,
+    handoff_bytes: int = 1 << 20,
+    prompt_tokens: int = 4,
+) -> Delivery:
     scheduler: BatchScheduler[RequestId] = BatchScheduler(BlockAllocator(num_blocks, 4), max_batch, max_waiting)
     limits = RequestLimits(vocab_size=100, max_positions=20, kv_bytes_per_token=1)
-    delivery = Delivery(scheduler, limits, handoff_bytes)
+    delivery = Delivery(scheduler, limits, handoff_bytes, prompt_tokens)
     delivery.open(Rank(0), Incarnation(7))
     return delivery
 
 
 def announce(
-    name: str = "a", attempt: int = 1, outputs: tuple[int, ...] = (), incarnation: int = 7, max_tokens: int = 3
+    name: str = "a",
+    attempt: int = 1,
+    outputs: tuple[int, ...] = (),
+    incarnation: int = 7,
+    max_tokens: int = 3,
+    num_prompt: int = 2,
+    computes: bool = False,
 ) -> Announce:
     sampling = Sampling(0.0, 1.0, 0, 1, max_tokens, stop_token_ids=(STOP,))
-    return Announce(RequestId(name), attempt, ROUTER, Incarnation(incarnation), (1, 2), outputs, sampling)
+    prompt = tuple(range(1, num_prompt + 1))
+    return Announce(RequestId(name), attempt, ROUTER, Incarnation(incarnation), prompt, outputs, sampling, computes)
 
 
 def kv(name: str = "a", attempt: int = 1, num_tokens: int = 2, incarnation: int = 7, token: int = 10) -> KvHandoff:
@@ -72,8 +85,11 @@ def part(start: int, num_tokens: int = 1, name: str = "a", attempt: int = 1, inc
 def run(delivery: Delivery, token: int = 11, now: float = 1.0) -> None:
     """One clean round."""
     delivery.admit()
-    for step in list(delivery.steps()):
-        delivery.commit(step, token, -1.0, now)
+    for step in delivery.steps():
+        if step.samples:
+            delivery.commit(step, token, -1.0, now)
+        else:
+            delivery.advance(step)
 
 
 def test_parameters_that_no_token_can_be_chosen_with_are_refused() -> None:
@@ -257,6 +273,41 @@ def test_pieces_of_another_attempt_or_incarnation_do_not_count() -> None:
     assert delivery.num_stale == 2 and delivery.admit() == []
 
 
+def test_a_prompt_is_computed_in_parts_without_kv() -> None:
+    delivery = make(prompt_tokens=4)
+    assert delivery.on_announce(announce(num_prompt=7, outputs=(50, 51), computes=True, max_tokens=4), 0.0) == []
+    (admission,) = delivery.admit()
+    assert admission.pieces == ()
+    parts = []
+    for _ in range(3):
+        (step,) = delivery.steps()
+        assert delivery.steps() == [step], "a void round is made again"
+        parts.append((step.position, step.token_ids, step.samples))
+        run(delivery)
+    assert parts == [(0, (1, 2, 3, 4), False), (4, (5, 6, 7, 50), False), (8, (51,), True)]
+    assert news(delivery) == [tokens(2, 11)] and delivery.num_prompt_tokens == 9
+    run(delivery, token=12)
+    assert news(delivery) == [tokens(3, 12, finish="length")] and delivery.num_prompt_tokens == 9
+    delivery.check_invariants()
+
+
+def test_prompts_share_a_round_and_leave_those_who_decode_their_place() -> None:
+    delivery = make(num_blocks=20, prompt_tokens=8)
+    delivery.on_announce(announce("decodes"), 0.0)
+    delivery.on_kv(kv("decodes"), frames(), 0.0)
+    for name, num_prompt in (("long", 18), ("short", 3)):
+        delivery.on_announce(announce(name, num_prompt=num_prompt, computes=True), 0.0)
+    delivery.admit()
+    assert {step.request: len(step.token_ids) for step in delivery.steps()} == {"decodes": 1, "short": 3, "long": 5}
+    tight = make(num_blocks=20, prompt_tokens=1)
+    for name in "ab":
+        tight.on_announce(announce(name, num_prompt=3, computes=True), 0.0)
+    for _ in range(10):
+        assert sum(len(step.token_ids) for step in tight.steps() if not step.samples) <= 1
+        run(tight)
+    assert sum(bool(item.finish) for item in news(tight)) == 2
+
+
 def test_a_lost_piece_ends_the_attempt_in_time() -> None:
     delivery = make()
     delivery.on_announce(announce(), 0.0)
@@ -311,7 +362,9 @@ def test_bounds() -> None:
 
 
 operations = st.tuples(
-    st.sampled_from(["announce", "kv", "part", "end", "have", "abort", "release", "round", "void", "tick", "open"]),
+    st.sampled_from(
+        ["announce", "compute", "kv", "part", "end", "have", "abort", "release", "round", "void", "tick", "open"]
+    ),
     st.sampled_from("abcdefg"),
     st.integers(1, 3),
     st.integers(1, 8),
@@ -329,6 +382,9 @@ def test_outputs_only_grow_and_no_block_is_lost(history: list[tuple[str, str, in
         match kind:
             case "announce":
                 delivery.on_announce(announce(name, attempt, max_tokens=number), now)
+            case "compute":
+                told_before = tuple(told.get((name, attempt - 1), {}).values())[:1]
+                delivery.on_announce(announce(name, attempt, told_before, num_prompt=number, computes=True), now)
             case "kv":
                 delivery.on_kv(kv(name, attempt), frames(), now)
             case "part":

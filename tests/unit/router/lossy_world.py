@@ -106,7 +106,9 @@ class DecodeRank:
             case Announce(request=request, attempt=attempt) if message.incarnation == self.member.incarnation:
                 row = self.rows.get(request)
                 if attempt > self.aborted.get(request, -1) and (row is None or row.announce.attempt < attempt):
-                    self.rows[request] = Row(message, self.world.now, list(message.outputs))
+                    row = self.rows[request] = Row(message, self.world.now, list(message.outputs))
+                    if message.computes_prompt:
+                        self._compute_prompt(row)
             case KvHandoff(request=request, attempt=attempt):
                 self._on_kv(message)
             case Have(request=request, attempt=attempt, num_outputs=have):
@@ -136,6 +138,15 @@ class DecodeRank:
         row.has_kv = True
         row.prompt_logprobs = kv.prompt_logprobs
         row.outputs.append(kv.first_token)
+        self.say_tokens(row, len(row.outputs) - 1)
+
+    def _compute_prompt(self, row: Row) -> None:
+        announce = row.announce
+        self.world.num_prompts_on_ranks += 1
+        row.has_kv = True
+        if announce.sampling.prompt_logprobs and not announce.outputs:
+            row.prompt_logprobs = prompt_logprobs(announce.prompt)
+        row.outputs.append(output(announce.prompt, len(row.outputs)))
         self.say_tokens(row, len(row.outputs) - 1)
 
     def on_round(self) -> None:
@@ -229,6 +240,7 @@ class World:
         self.rng = Random(seed)
         self.loss, self.doubling, self.max_delay_s = loss, doubling, max_delay_s
         self.rows_per_rank = 1000
+        self.num_prompts_on_ranks = 0
         self.now = 0.0
         router = RouterConfig(no_news_s=0.3, request_deadline_s=100.0)
         self.table = RequestTable(ROUTER, ClusterConfig(router=router))

@@ -1,5 +1,5 @@
-"""Through any sequence of faults that leaves one rank and one prefill worker, every client gets the tokens of a
-fault-free run: each once, in order, to the end; and nobody keeps anything for a request that is over."""
+"""Through any sequence of faults that leaves one rank, every client gets the tokens of a fault-free run: each once, in
+order, to the end; and nobody keeps anything for a request that is over. Prefill workers may all be gone."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,12 +52,13 @@ def _take(world: World, step: tuple[str, int]) -> None:
             pass
 
 
-def _end_faults(world: World) -> None:
+def _end_faults(world: World, worker: bool = True) -> None:
     world.loss = world.doubling = 0.0
     world.max_delay_s = 0.02
     world.bury_zombies()
     _take(world, ("join", 0))
-    world.add_worker()
+    if worker:
+        world.add_worker()
     world.run(_QUIET_S, until_over=True)
 
 
@@ -75,9 +76,10 @@ def _check(world: World) -> None:
     loss=st.sampled_from([0.0, 0.05, 0.3]),
     doubling=st.sampled_from([0.0, 0.3]),
     max_delay_s=st.sampled_from([0.02, 0.2, 1.0]),
+    worker=st.booleans(),
 )
 def test_every_client_gets_every_token_once(
-    seed: int, steps: list[tuple[str, int]], loss: float, doubling: float, max_delay_s: float
+    seed: int, steps: list[tuple[str, int]], loss: float, doubling: float, max_delay_s: float, worker: bool
 ) -> None:
     world = World(seed, loss, doubling, max_delay_s)
     world.join()
@@ -85,7 +87,25 @@ def test_every_client_gets_every_token_once(
     world.add_worker()
     for step in steps:
         _take(world, step)
-    _end_faults(world)
+    _end_faults(world, worker)
+    _check(world)
+
+
+def test_without_prefill_workers_ranks_compute_the_prompts() -> None:
+    world = World(seed=3, loss=0.1)
+    world.join()
+    world.join()
+    world.add_worker()
+    for _ in range(6):
+        world.submit()
+    world.run(0.2)
+    assert world.num_prompts_on_ranks == 0
+    world.kill_worker(0)
+    world.kill(0)
+    for _ in range(6):
+        world.submit()
+    _end_faults(world, worker=False)
+    assert world.num_prompts_on_ranks >= 6
     _check(world)
 
 

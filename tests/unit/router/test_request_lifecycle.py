@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import msgspec
 import pytest
 
@@ -126,6 +128,17 @@ def test_a_rank_that_lives_without_kv_is_no_reason_to_wait(prefilling: RequestLi
         assert prefilling.on_tick(now) == [Send(DECODE, Have(REQUEST, 0, 0))]
         assert prefilling.on_tokens(_tokens(0), now + 0.1) == []
     assert Replaced(REQUEST, 1, "no answer") in prefilling.on_tick(4.0)
+
+
+def test_a_rank_that_computes_the_prompt_itself_is_believed_while_it_lives(queued: RequestLifecycle) -> None:
+    (announce,) = queued.on_place(replace(PLACE, prefill=PLACE.decode), 0.0)
+    assert announce == Send(DECODE, Announce(REQUEST, 0, ROUTER, PLACE.incarnation, (10, 11), (), SAMPLING, True))
+    assert queued.state is State.HANDING_OFF
+    for second in range(1, 20):
+        assert queued.on_tick(float(second)) == [Send(DECODE, Have(REQUEST, 0, 0))]
+        assert queued.on_tokens(_tokens(0), float(second)) == []
+    assert queued.on_tick(20.0) and queued.on_tick(21.0) and queued.on_tick(22.0)
+    assert isinstance(queued.on_tick(23.0)[-1], Replaced), "it has fallen silent"
 
 
 def test_kv_of_a_worker_that_is_lost_is_asked_for_at_once(prefilling: RequestLifecycle) -> None:

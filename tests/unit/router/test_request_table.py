@@ -225,3 +225,43 @@ def test_prefill_goes_to_the_worker_with_the_fewest_tokens_to_compute() -> None:
         actions = _submit(table, number, prompt_tokens=tokens)
         peers += [a.peer for a in actions if isinstance(a, Send) and isinstance(a.message, Prefill)]
     assert peers == ["p0", "p1", "p1", "p1"]
+
+
+def _computing(actions: list[Action]) -> list[str]:
+    """Requests that a rank is asked to compute itself."""
+    messages = [a.message for a in actions if isinstance(a, Send) and isinstance(a.message, Announce)]
+    return [message.request for message in messages if message.computes_prompt]
+
+
+def test_with_no_prefill_worker_left_ranks_compute_prompts_until_one_returns() -> None:
+    table = _table(_member(0), _member(1))
+    _submit(table, 1)
+    moved = table.on_directory(_directory(2), 1.0)
+    assert [type(action) for action in moved] == [Send, Send, Replaced], "its worker is gone: it waits"
+    assert table.waits_for_prefill(1.9) and table.on_tick(1.9) == []
+    assert _computing(table.on_tick(2.1)) == ["r.1"]
+    assert _computing(_submit(table, 2, 2.2)) == ["r.2"] and not table.waits_for_prefill(2.2)
+    assert table.on_directory(_directory(3, "p1", state="loading"), 2.3) == []
+    assert _computing(_submit(table, 3, 2.4)) == ["r.3"]
+    assert table.on_directory(_directory(4, "p1"), 2.5) == [], "what is being computed stays where it is"
+    back = _submit(table, 4, 2.6)
+    assert _computing(back) == [] and _announced(back) != []
+    table.check_invariants()
+
+
+def test_the_first_prefill_worker_is_given_time_to_load() -> None:
+    table = _table(_member(0), workers=())
+    _submit(table, 1)
+    assert table.on_tick(9.9) == [] and table.waits_for_prefill(9.9)
+    assert _computing(table.on_tick(10.1)) == ["r.1"]
+    unheard = RequestTable(ROUTER, ClusterConfig())
+    unheard.on_view(_view(1, _member(0)), 0.0)
+    assert _submit(unheard, 1) == [] and unheard.on_tick(100.0) == [], "no directory: nobody knows"
+
+
+def test_requests_move_to_a_new_rank_without_prefill_workers_too() -> None:
+    table = _table(_member(0), workers=())
+    for number in range(6):
+        _submit(table, number, 20.0)
+    table.on_tick(20.0)
+    assert len(_computing(table.on_view(_view(2, _member(0), _member(1)), 20.0))) == 1, "one at a time"
