@@ -23,6 +23,20 @@ _WAIT_S = 30.0
 _NUM_WARM_UP = 50
 
 
+def map_peers(group: ElasticGroup, provider: ShmProvider, directory: Path, num_ranks: int) -> None:
+    """The heaps ``rank0``, ``rank1``, ... in ``directory``, once they are there and formatted."""
+    deadline = time.monotonic() + _WAIT_S
+    for peer in (other for other in range(num_ranks) if other != group.rank):
+        while True:
+            try:
+                group.map_peer(peer, provider.map_peer(f"shm:{group.layout.nbytes}:{directory / f'rank{peer}'}"))
+                break
+            except (HeapError, ValueError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+
+
 def run_rank(rank: int, num_ranks: int, directory: str, repeats: int) -> list[float]:
     """Milliseconds of each ten barriers."""
     layout = HeapLayout.build(EpShape(max_ranks=num_ranks, max_tokens=4, top_k=4, hidden_size=128), {})
@@ -30,16 +44,7 @@ def run_rank(rank: int, num_ranks: int, directory: str, repeats: int) -> list[fl
     heap = provider.allocate(f"rank{rank}", layout.nbytes)
     layout.format(heap.bytes_U8)
     group = ElasticGroup(layout, heap, rank, deadline_s=_WAIT_S)
-    deadline = time.monotonic() + _WAIT_S
-    for peer in (other for other in range(num_ranks) if other != rank):
-        while True:
-            try:
-                group.map_peer(peer, provider.map_peer(f"shm:{layout.nbytes}:{Path(directory) / f'rank{peer}'}"))
-                break
-            except (HeapError, ValueError):
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
+    map_peers(group, provider, Path(directory), num_ranks)
     group.adopt(1, range(num_ranks), digest=1)
     if group.allgather([]) is None:
         raise RuntimeError(f"the group did not form: {group.void_reason}")

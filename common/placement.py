@@ -207,12 +207,15 @@ class ReplicaPolicy(StrEnum):
 
     LOCAL_FIRST: its own copy if it has one, else all by hash. HASH: all by hash. REMOTE_FIRST: all but its own by hash;
     moves load away from a rank that is behind. STATIC: one copy, such that the ranks divide evenly over the copies.
+    GATHER: one copy, the same for all ranks, such that each rank serves about as many experts: the rows of an expert
+    come together, where a row block costs the same with one row as with all (`common.model.row_blocks`).
     """
 
     LOCAL_FIRST = "local_first"
     HASH = "hash"
     REMOTE_FIRST = "remote_first"
     STATIC = "static"
+    GATHER = "gather"
 
 
 class ReplicaChoice:
@@ -232,15 +235,13 @@ class ReplicaChoice:
         avoid: int | None = None,
     ) -> None:
         order = sorted(members)
-        self._tables = [
-            _replica_table(
-                [
-                    _preferred(places, order, own_rank, policy, avoid)
-                    for places in _places(rows, order, num_logical_experts)
-                ]
-            )
-            for rows in physical_to_logical
-        ]
+        self._tables = []
+        for rows in physical_to_logical:
+            places_E = [
+                _preferred(places, order, own_rank, policy, avoid)
+                for places in _places(rows, order, num_logical_experts)
+            ]
+            self._tables.append(_replica_table(_gathered(places_E) if policy is ReplicaPolicy.GATHER else places_E))
 
     def choose(
         self, layer: int, logical_TK: npt.NDArray[np.integer], hash_T: npt.NDArray[np.integer]
@@ -274,12 +275,24 @@ def _preferred(
     match policy:
         case ReplicaPolicy.LOCAL_FIRST:
             return own[:1] or places
-        case ReplicaPolicy.HASH:
+        case ReplicaPolicy.HASH | ReplicaPolicy.GATHER:
             return places
         case ReplicaPolicy.REMOTE_FIRST:
             return [place for place in places if place[0] != own_rank] or places
         case ReplicaPolicy.STATIC:
             return places and [places[bisect_left(members, own_rank) % len(places)]]
+
+
+def _gathered(places_E: list[list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
+    """One of each expert's places: experts with the fewest copies first, each to the rank that serves fewest so far."""
+    num_served: Counter[int] = Counter()
+    gathered: list[list[tuple[int, int]]] = [[] for _ in places_E]
+    for expert in sorted(range(len(places_E)), key=lambda expert: (len(places_E[expert]), expert)):
+        if places_E[expert]:
+            place = min(places_E[expert], key=lambda place: (num_served[place[0]], place))
+            num_served[place[0]] += 1
+            gathered[expert] = [place]
+    return gathered
 
 
 def _replica_table(places_E: list[list[tuple[int, int]]]) -> tuple[IntArray, IntArray]:

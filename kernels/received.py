@@ -43,8 +43,16 @@ class Received:
         return self.x_SH.index_select(0, self.row_N)
 
 
-def read_received(words_SC: Int32Array, ep: EpShape, rank: int, step: int, num_rows_W: tuple[int, ...]) -> Received:
-    """Pick the entries meant for ``rank`` out of the rows (int32 words) that have arrived."""
+def read_received(
+    words_SC: Int32Array,
+    x_SH: torch.Tensor | None,
+    ep: EpShape,
+    rank: int,
+    step: int,
+    num_rows_W: tuple[int, ...],
+) -> Received:
+    """Pick the entries meant for ``rank`` out of the rows (int32 words) that have arrived. ``x_SH``: `x_of_rows`, None
+    when they came in float8."""
     num_slots_per_rank, top_k = ep.max_tokens, ep.top_k
     slots = [
         np.arange(source * num_slots_per_rank, source * num_slots_per_rank + num_rows)
@@ -59,7 +67,7 @@ def read_received(words_SC: Int32Array, ep: EpShape, rank: int, step: int, num_r
     return Received(
         step=step,
         num_rows_W=num_rows_W,
-        x_SH=_x_of_rows(words_SC, ep, slot_R),
+        x_SH=_dequantised(words_SC, ep, slot_R) if x_SH is None else x_SH,
         row_N=torch.from_numpy(slot_N),
         source_N=torch.from_numpy(slot_N // num_slots_per_rank),
         token_N=torch.from_numpy(header[row_R, 0].astype(np.int64)),
@@ -69,9 +77,12 @@ def read_received(words_SC: Int32Array, ep: EpShape, rank: int, step: int, num_r
     )
 
 
-def _x_of_rows(words_SC: Int32Array, ep: EpShape, slot_R: npt.NDArray[np.int64]) -> torch.Tensor:
-    if not ep.is_fp8:
-        return torch.from_numpy(words_SC)[:, ep.row_header_words :][:, : ep.hidden_size].view(torch.float32)
+def x_of_rows(words_SC: Int32Array, ep: EpShape) -> torch.Tensor:
+    """The inputs in all row slots, float32 [S, H], a view."""
+    return torch.from_numpy(words_SC)[:, ep.row_header_words :][:, : ep.hidden_size].view(torch.float32)
+
+
+def _dequantised(words_SC: Int32Array, ep: EpShape, slot_R: npt.NDArray[np.int64]) -> torch.Tensor:
     row_R = torch.from_numpy(words_SC[slot_R])
     q_RH = row_R.view(torch.float8_e4m3fn)[:, 4 * ep.row_header_words :][:, : ep.hidden_size]
     scale_RG = row_R[:, ep.scale_word :][:, : ep.num_scales].view(torch.float32)

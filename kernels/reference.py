@@ -26,7 +26,7 @@ from kernels.elastic_mode import ElasticMode
 from kernels.epoch_state import VOID, EpochState, VoidReason
 from kernels.heap_layout import HeapLayout
 from kernels.own_tokens import MASKED, OwnTokens
-from kernels.received import Received, read_received, sum_of_each_row
+from kernels.received import Received, read_received, sum_of_each_row, x_of_rows
 from kernels.step_words import EPOCH_SHIFT, epoch_floor, header_bank, header_tag, tagged
 from kernels.symmetric_memory.base import SymmetricHeap
 from kernels.word_wait import Clock, Pause
@@ -76,7 +76,10 @@ class ElasticGroup(EpochState):
         self._combine_due = 0  # step of the dispatch whose combine comes next; 0: none
         self.renormalise = False
         self._tokens = OwnTokens(ep)
+        self._sent_to: tuple[int, ...] = ()  # members at the last dispatch
+        self._slots = np.arange(ep.max_ranks + 1)
         self._row_words_SC = self._own.dispatch_rows.reshape(ep.max_ranks * ep.max_tokens, -1)
+        self._x_SH = None if ep.is_fp8 else x_of_rows(self._row_words_SC, ep)
 
     def adopt(self, epoch: int, members: Sequence[int], digest: int, *, in_band: bool = False) -> None:
         super().adopt(epoch, members, digest, in_band=in_band)
@@ -168,22 +171,24 @@ class ElasticGroup(EpochState):
         outbox = self._tokens.fill(x_TH, rank, local_expert_TK, weight_TK)
         if self._load_WL.size:
             np.add.at(self._load_WL, (rank[rank >= 0], local_expert_TK.numpy()[rank >= 0]), 1)
-        for member in self.members:
-            tokens = np.flatnonzero((rank == member).any(axis=1))
-            window = self._windows[member]
+        wanted_GT = (rank == np.array(self.members)[:, None, None]).any(axis=2)
+        token_R, end = wanted_GT.nonzero()[1], 0
+        for member, num_rows in zip(self.members, np.count_nonzero(wanted_GT, axis=1).tolist(), strict=True):
+            window, begin, end = self._windows[member], end, end + num_rows
             # mode="clip" writes straight into the heap; the default goes through a buffer.
-            np.take(outbox, tokens, axis=0, out=window.dispatch_rows[self.rank, : len(tokens)], mode="clip")
-            window.dispatch_num_rows[self.rank] = len(tokens)
+            rows = window.dispatch_rows[self.rank, :num_rows]
+            np.take(outbox, token_R[begin:end], axis=0, out=rows, mode="clip")
+            window.dispatch_num_rows[self.rank] = num_rows
         for member in self.members:
             self._windows[member].dispatch_word[self.rank] = step
         self._ring()
-        self._combine_due = step
+        self._combine_due, self._sent_to = step, self.members
         if not self._await_words(self._own.dispatch_word, step, self.deadline_s):
             return None
-        num_rows = [0] * self.layout.ep.max_ranks
+        num_rows_W = [0] * self.layout.ep.max_ranks
         for member in self.members:
-            num_rows[member] = self._own.dispatch_num_rows[member]
-        return read_received(self._row_words_SC, self.layout.ep, self.rank, step, tuple(num_rows))
+            num_rows_W[member] = self._own.dispatch_num_rows[member]
+        return read_received(self._row_words_SC, self._x_SH, self.layout.ep, self.rank, step, tuple(num_rows_W))
 
     def combine(self, expert_rows_NH: torch.Tensor, received: Received, *, ordered: bool = True) -> torch.Tensor | None:
         """Return the experts' rows (one per entry of ``received``) to the tokens' owners, and add up those of the own
@@ -204,13 +209,14 @@ class ElasticGroup(EpochState):
             raise RuntimeError("combine out of order: it takes what the last dispatch received, once")
         step = self._next_step()
         self._combine_due = 0
-        source_N, place_N = received.source_N.numpy(), (received.token_N * ep.top_k + received.k_N).numpy()
+        source_N = received.source_N.numpy()
+        place_N = received.token_N.numpy() * ep.top_k + received.k_N.numpy()
         if ordered:
             rows = expert_rows_NH.numpy()
         else:
             first_R, rows = sum_of_each_row(expert_rows_NH, received, ep.top_k)
             source_N, place_N = source_N[first_R], place_N[first_R] // ep.top_k * ep.top_k
-        bounds = np.searchsorted(source_N, np.arange(ep.max_ranks + 1)).tolist()
+        bounds = source_N.searchsorted(self._slots).tolist()
         for member in self.members:
             begin, end = bounds[member], bounds[member + 1]
             if begin != end:
@@ -220,7 +226,8 @@ class ElasticGroup(EpochState):
         self._ring()
         if not self._await_words(self._own.combine_word, step, self.deadline_s):
             return None
-        self._tokens.note_masked(self._masked_W)
+        if self.members != self._sent_to:
+            self._tokens.note_masked(self._masked_W)
         add_up = self._tokens.add_up if ordered else self._tokens.add_up_ranks
         return torch.from_numpy(add_up(self._own.combine_rows, self.renormalise))
 
@@ -263,13 +270,19 @@ class ElasticGroup(EpochState):
         rank = rank_TK.numpy().astype(np.int64)
         if not num_tokens:
             return rank
-        sent = rank >= 0
-        if rank.min() < -1 or rank.max() >= ep.max_ranks or not self._routable_W[rank[sent]].all():
+        # One look at the distinct ranks is cheaper than five at all of them.
+        distinct, local_TK = set(rank.ravel().tolist()), local_expert_TK.numpy()
+        has_dropped = -1 in distinct
+        distinct.discard(-1)
+        known = distinct.issubset(self.members)
+        in_range = not distinct or 0 <= min(distinct) <= max(distinct) < ep.max_ranks
+        if not known and not (in_range and self._routable_W[list(distinct)].all()):
             raise ValueError(f"tokens routed to ranks outside epoch {self.epoch}'s members {list(self.members)}")
         num_local = self._load_WL.shape[1] or 65536
-        if (local_expert_TK.numpy()[sent] // num_local).any():
+        sent_N = local_TK[rank >= 0] if has_dropped else local_TK
+        if sent_N.size and not 0 <= sent_N.min() <= sent_N.max() < num_local:
             raise ValueError(f"local experts must be in 0..{num_local - 1}")
-        return np.where(sent & self._masked_W[rank], MASKED, rank)
+        return rank if known else np.where((rank >= 0) & self._masked_W[rank], MASKED, rank)
 
     def _header_data(self, header_words: Sequence[int], digest: int) -> list[int]:
         num_words = self.layout.ep.num_header_words

@@ -90,17 +90,23 @@ def row_checksum(row_F: Tensor) -> int:
 
 def expert_mlp(x_RH: Tensor, weights: ExpertWeights) -> Tensor:
     """down(silu(gate(x)) * up(x)) of one expert for any number of rows."""
-    return expert_rows(x_RH, np.zeros(x_RH.shape[0], dtype=np.int64), lambda _: weights)
+    num_rows = x_RH.shape[0]
+    return expert_rows(x_RH, np.arange(num_rows), np.zeros(num_rows, dtype=np.int64), lambda _: weights)
 
 
-def expert_rows(x_RH: Tensor, expert_R: npt.NDArray[np.int64], weights_of: Callable[[int], ExpertWeights]) -> Tensor:
-    """Row r through expert expert_R[r]; weights_of(expert) is called once per 16-row block.
+def expert_rows(
+    x_SH: Tensor,
+    row_R: npt.NDArray[np.int64],
+    expert_R: npt.NDArray[np.int64],
+    weights_of: Callable[[int], ExpertWeights],
+) -> Tensor:
+    """x_SH[row_R[r]] through expert expert_R[r]: [R, H]; weights_of(expert) is called once per 16-row block.
 
     Rows of one expert share blocks of exactly 16 rows; a row's bits depend on itself and its expert only.
     """
-    num_rows, hidden = x_RH.shape
+    num_rows, hidden = len(row_R), x_SH.shape[1]
     if num_rows == 0:
-        return x_RH.new_empty((0, hidden))
+        return x_SH.new_empty((0, hidden))
     order = np.argsort(expert_R, kind="stable")
     counts = np.bincount(expert_R)
     experts = np.flatnonzero(counts)
@@ -111,18 +117,19 @@ def expert_rows(x_RH: Tensor, expert_R: npt.NDArray[np.int64], weights_of: Calla
     # Place of each row in the padded buffer: its expert's first block, then its rank among that expert's rows.
     place = np.empty(num_rows, dtype=np.int64)
     place[order] = np.arange(num_rows) + np.repeat(block_start * ROW_BLOCK - first, counts)
-    place_R = torch.from_numpy(place)
-    num_blocks = int(blocks.sum())
-    x_padded = x_RH.new_zeros((num_blocks * ROW_BLOCK, hidden)).index_copy_(0, place_R, x_RH)
-    weights = [weights_of(int(expert)) for expert in np.repeat(experts, blocks)]
-    gate_up = x_RH.new_empty((num_blocks * ROW_BLOCK, weights[0].gate_up_HG.shape[1]))
+    # What is left of a block holds some row again: finite numbers that nobody reads.
+    padded_row = np.full(int(blocks.sum()) * ROW_BLOCK, row_R[0])
+    padded_row[place] = row_R
+    x_padded = x_SH.index_select(0, torch.from_numpy(padded_row))
+    weights = [weights_of(expert) for expert in np.repeat(experts, blocks).tolist()]
+    gate_up = x_SH.new_empty((len(padded_row), weights[0].gate_up_HG.shape[1]))
     for x, out, weight in zip(_blocks(x_padded), _blocks(gate_up), weights, strict=True):
         torch.mm(x, weight.gate_up_HG, out=out)
     gate, up = gate_up.chunk(2, dim=1)
     inner = silu(gate).mul_(up)
     for x, out, weight in zip(_blocks(inner), _blocks(x_padded), weights, strict=True):
         torch.mm(x, weight.down_IH, out=out)
-    return x_padded.index_select(0, place_R)
+    return x_padded.index_select(0, torch.from_numpy(place))
 
 
 def _blocks(x_RK: Tensor) -> tuple[Tensor, ...]:
@@ -151,6 +158,6 @@ class LocalExperts:
 
     def run(self, layer: int, x_TH: Tensor, topk_expert_TK: Tensor, topk_weight_TK: Tensor) -> Tensor:
         num_tokens, top_k = topk_expert_TK.shape
-        x_RH = x_TH.repeat_interleave(top_k, dim=0)
-        rows_RH = expert_rows(x_RH, topk_expert_TK.numpy().reshape(-1), self._weights[layer].__getitem__)
+        token_R = np.repeat(np.arange(num_tokens), top_k)
+        rows_RH = expert_rows(x_TH, token_R, topk_expert_TK.numpy().reshape(-1), self._weights[layer].__getitem__)
         return combine_ordered(rows_RH.view(num_tokens, top_k, -1), topk_weight_TK)

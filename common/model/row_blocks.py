@@ -1,7 +1,7 @@
 """Row blocks of a fixed size: why a row's bits do not depend on who shares its batch.
 
 A matrix product picks its kernel, and with it the order of its sums, by the shape; so the bits of a row differ
-between a batch of 1 and a batch of 7. Here every product has 16 rows, the rest of the last block zeros. In a
+between a batch of 1 and a batch of 7. Here every product has 16 rows, the rest of the last block anything finite. In a
 block of fixed shape a row's bits do not depend on its place or on its neighbours (measured; the tests check it on the
 machine at hand, tests/unit/model/test_batch_invariance.py). The other operations are row-wise sums over
 the last dimension, IEEE basic operations, and `exp`, whose vector body and scalar tail agree bit for bit. torch's own

@@ -42,7 +42,10 @@ class ElasticExchange:
             raise VoidRound
         self.num_operations += 1
         rows_NH = expert_rows(
-            received.x_NH(), received.local_expert_N.numpy(), lambda local: self._slots.weights(moe_layer, local)
+            received.x_SH,
+            received.row_N.numpy(),
+            received.local_expert_N.numpy(),
+            lambda local: self._slots.weights(moe_layer, local),
         )
         out_TH = group.combine(rows_NH, received)
         if out_TH is None:

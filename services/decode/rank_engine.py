@@ -21,7 +21,7 @@ from common.model.experts import VoidRound
 from common.model.kv_cache import write_kv
 from common.model.model import Batch, Model
 from common.model.token_choice import choose, prompt_logprobs
-from common.placement import ReplicaChoice
+from common.placement import ReplicaChoice, ReplicaPolicy
 from common.view import digest, orphans, ranks
 from kernels.epoch_state import CLEAN
 from kernels.reference import ElasticGroup
@@ -149,8 +149,9 @@ class RankEngine:
         group, num_experts = self._open_group(), self._checkpoint.config.n_routed_experts
         assert self._exchange is not None
         members, placement = ranks(view), view.placement
+        choice = ReplicaChoice(placement.physical_to_logical, members, num_experts, group.rank, ReplicaPolicy.GATHER)
         group.adopt(view.epoch, members, digest(view), in_band=in_band)
-        self._exchange.enter(group, ReplicaChoice(placement.physical_to_logical, members, num_experts, group.rank))
+        self._exchange.enter(group, choice)
         self.has_orphans = bool(orphans(placement, members, num_experts))
 
     def exchange_headers(self, header: RoundHeader, stop: Callable[[], bool]) -> dict[int, RoundHeader] | None:

@@ -86,11 +86,14 @@ class SymbolicCheckpoint:
 
 
 def expert_rows(
-    x_RH: torch.Tensor, expert_R: npt.NDArray[np.int64], weights_of: Callable[[int], ExpertWeights]
+    x_SH: torch.Tensor,
+    row_R: npt.NDArray[np.int64],
+    expert_R: npt.NDArray[np.int64],
+    weights_of: Callable[[int], ExpertWeights],
 ) -> torch.Tensor:
     """In place of `common.model.experts.expert_rows`: the weight is read from the expert slot."""
     rows_RH = np.zeros((len(expert_R), HIDDEN), dtype=np.float32)
-    values = x_RH.numpy()[:, 0].tolist() if len(expert_R) else []
+    values = x_SH.numpy()[row_R, 0].tolist() if len(expert_R) else []
     weights: dict[int, int] = {}
     for row, (value, local) in enumerate(zip(values, expert_R.tolist(), strict=True)):
         if local not in weights:

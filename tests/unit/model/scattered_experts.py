@@ -28,14 +28,14 @@ class ScatteredExperts:
         expert_R = topk_expert_TK.numpy().reshape(-1)
         holders = [[r for r in range(self._num_ranks) if (layer, r, int(e)) in self._weights] for e in expert_R]
         rank_R = np.array([self._rng.choice(ranks) for ranks in holders], dtype=np.int64)
-        x_RH = x_TH.repeat_interleave(topk_expert_TK.shape[1], dim=0)
-        rows_RH = torch.empty_like(x_RH)
+        token_R = np.repeat(np.arange(x_TH.shape[0]), topk_expert_TK.shape[1])
+        rows_RH = torch.empty((len(token_R), x_TH.shape[1]))
         for rank in range(self._num_ranks):
             mine = self._rng.permutation(np.flatnonzero(rank_R == rank))
             strangers = self._rng.integers(0, len(expert_R), 5)
             strangers = strangers[rank_R[strangers] == rank]
             there = np.concatenate([strangers, mine])
             weights = {int(e): self._weights[layer, rank, int(e)] for e in expert_R[there]}
-            computed = expert_rows(x_RH[torch.from_numpy(there)], expert_R[there], weights.__getitem__)
+            computed = expert_rows(x_TH, token_R[there], expert_R[there], weights.__getitem__)
             rows_RH[torch.from_numpy(mine)] = computed[len(strangers) :]
         return combine_ordered(rows_RH.view(*topk_expert_TK.shape, -1), topk_weight_TK)

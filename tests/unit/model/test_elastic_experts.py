@@ -39,7 +39,10 @@ class ElasticExperts:
         if received is None:
             raise VoidRound
         rows_NH = expert_rows(
-            received.x_NH(), received.local_expert_N.numpy(), lambda local: self._weights[layer, local]
+            received.x_SH,
+            received.row_N.numpy(),
+            received.local_expert_N.numpy(),
+            lambda local: self._weights[layer, local],
         )
         out_TH = self._group.combine(rows_NH, received)
         if out_TH is None:
