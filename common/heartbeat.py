@@ -6,6 +6,7 @@ The thread owns its socket. ``beat`` is called on it and must only read plain at
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 
 import zmq
@@ -52,11 +53,12 @@ class HeartbeatThread:
                 # Again = not connected: the monitor counts the silence, there is nothing else to do here.
                 with contextlib.suppress(zmq.Again):
                     socket.send(encode(self._beat()), flags=zmq.DONTWAIT)
+                next_beat_at = time.monotonic() + self.interval_s
                 # Poll in place of sleeping: replies that tell of a new epoch are read at once.
-                if socket.poll(int(self.interval_s * 1000)):
+                while not self._stop.is_set() and (left_s := next_beat_at - time.monotonic()) > 0:
+                    socket.poll(max(1, int(left_s * 1000)))
                     while self._read(socket):
                         pass
-                    self._stop.wait(self.interval_s / 2)
         finally:
             socket.close(0)
 

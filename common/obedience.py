@@ -3,7 +3,8 @@
     stranger --Welcome--> welcomed --new term; monitor does not know it; something new to say--> stranger
 
 A stranger says Hello again and again. Who hears of a newer view or directory than it has asks for them (PROTOCOL 3.3,
-3.5). `common.monitor_client` is the shell of it.
+3.5); who got that view and is not in its epoch all the same (a standby never is) asks now and then.
+`common.monitor_client` is the shell of it.
 """
 
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field
 from common.allegiance import Allegiance
 from common.ids import Epoch
 from common.messages import Directory, HeartbeatReply, Message, Prepare, View, Welcome
+
+_PATIENT_REPLIES = 10
 
 
 @dataclass(slots=True)
@@ -21,6 +24,8 @@ class Obedience:
     num_words: int = 0
     _allegiance: Allegiance = field(default_factory=Allegiance)
     _directory_version: int = 0
+    _newest_epoch: int = 0  # of the views that came
+    _num_behind: int = 0  # heartbeat replies that told of that epoch while this process was not in it
 
     @property
     def term(self) -> int:
@@ -32,7 +37,11 @@ class Obedience:
 
     def accepts(self, word: View | Directory) -> bool:
         """For what came another way (bus, peers): the same allegiance decides."""
-        return self._allegiance.accepts(word.term, word.monitor)
+        if not self._allegiance.accepts(word.term, word.monitor):
+            return False
+        if isinstance(word, View):
+            self._newest_epoch = max(self._newest_epoch, word.epoch)
+        return True
 
     def on_message(self, message: Message) -> bool:
         """From a monitor's control socket. False: it is of a monitor that this process does not obey. Words that name
@@ -44,8 +53,12 @@ class Obedience:
         self.num_words += 1
         if isinstance(message, Welcome):
             self.is_welcomed, self._directory_version = True, message.directory.version
+            if message.view is not None:
+                self._newest_epoch = max(self._newest_epoch, message.view.epoch)
         elif isinstance(message, Directory):
             self._directory_version = message.version
+        elif isinstance(message, View):
+            self._newest_epoch = max(self._newest_epoch, message.epoch)
         return True
 
     def on_reply(self, reply: HeartbeatReply, epoch: Epoch) -> bool:
@@ -57,4 +70,7 @@ class Obedience:
         if new_term or not reply.known:
             self.is_welcomed = False
             return False
-        return reply.epoch > epoch or reply.directory_version > self._directory_version
+        if reply.directory_version > self._directory_version or reply.epoch > max(epoch, self._newest_epoch):
+            return True
+        self._num_behind = self._num_behind + 1 if reply.epoch > epoch else 0
+        return self._num_behind > 0 and self._num_behind % _PATIENT_REPLIES == 0

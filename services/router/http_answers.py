@@ -48,7 +48,8 @@ async def send_stream(
             await write(_events(answer.opening()))
             await write(_events(answer.chunks(*first)))
             while not answer.is_complete:
-                await write(_events(answer.chunks(*await generations.next())))
+                deltas = await generations.next_ones()
+                await write(_events([body for delta in deltas for body in answer.chunks(*delta)]))
             await write(_events(answer.closing()))
         except ApiError as error:
             await write(_events([error_body(error)]))

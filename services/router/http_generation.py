@@ -75,6 +75,17 @@ class Generations:
             raise delta
         return index, delta
 
+    async def next_ones(self) -> list[tuple[int, TextDelta]]:
+        """`next`, and what else has come since, so that a router that is behind writes once for all of it."""
+        ready = [await self.next()]
+        while not self._outbox.empty():
+            index, delta = self._outbox.get_nowait()
+            if isinstance(delta, ApiError):
+                self._outbox.put_nowait((index, delta))  # it ends the stream, but after what came before it
+                break
+            ready.append((index, delta))
+        return ready
+
     def __enter__(self) -> "Generations":
         return self
 

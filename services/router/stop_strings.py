@@ -24,6 +24,8 @@ class StopStrings:
 
     def push(self, text: str) -> tuple[str, str | None]:
         """Text that may be shown now, and the stop string that ends it, or None. Nothing may follow a stop string."""
+        if not self._stops:
+            return text, None
         text = self._held + text
         # The first to be complete; of those that end together, the longest.
         found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]

@@ -68,3 +68,13 @@ def test_it_asks_when_it_lacks_a_view_or_a_directory() -> None:
     assert not obedience.on_reply(HeartbeatReply(*OLD, Epoch(1030), 7), Epoch(1030))
     assert obedience.on_reply(HeartbeatReply(*OLD, Epoch(1031), 7), Epoch(1030))
     assert obedience.on_reply(HeartbeatReply(*OLD, Epoch(1030), 8), Epoch(1030))
+
+
+def test_who_has_the_view_and_is_not_in_it_asks_now_and_then() -> None:
+    obedience = Obedience()
+    for word in (words(*OLD)[2], words(*OLD)[0]):
+        obedience.on_message(word)
+    asked = [obedience.on_reply(HeartbeatReply(*OLD, Epoch(1025), 7), Epoch(0)) for _ in range(40)]
+    assert sum(asked) == 4
+    assert not asked[0]
+    assert obedience.on_reply(HeartbeatReply(*OLD, Epoch(1026), 7), Epoch(0)), "a newer one is asked for at once"
