@@ -13,31 +13,29 @@ deadline need that stream idle. Only ``poison_self`` may come from another threa
 Legend: W max_ranks, M max_tokens, T tokens of this call (0..M), K top_k, H hidden_size, N num_header_words.
 """
 
-import threading
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import triton
 
-from kernels.device_state import CODES, DeviceState
+from kernels.device_launch import DeviceLaunch
+from kernels.device_state import DeviceState
+from kernels.elastic_mode import ElasticMode, LateRanksError
 from kernels.epoch_state import VoidReason
 from kernels.heap_layout import HeapLayout
-from kernels.launch_plan import LaunchPlan, LaunchPlanner, OneProgram
-from kernels.step_words import epoch_floor
+from kernels.host_poison import HostPoison
+from kernels.launch_plan import LaunchPlanner, OneProgram
+from kernels.step_words import epoch_floor, header_bank
 from kernels.symmetric_memory.base import PeerHeap, SymmetricHeap
-from kernels.triton_control import allgather_kernel, barrier_kernel, poison_kernel
-from kernels.triton_exchange import combine_kernel, dispatch_kernel
-from kernels.triton_wait import STEP_BEFORE_COMBINE, STEP_BEFORE_DISPATCH
 
-_CONTROL_WARPS = 4
 _MAX_RANKS = 64
+_ENDS_OF_WAITS = (VoidReason.DEADLINE, VoidReason.PEER_POISON, VoidReason.FUTURE_WORD)
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 class DeviceGroup:
     """Raises ValueError for arguments that no group could accept, before anything is launched; RuntimeError for calls
-    out of order. ``planner`` decides the launch sizes and is for measurements and tests.
+    out of order. ``num_local_experts``: physical experts of a rank, for ``expert_load``; 0 counts nothing. ``planner``
+    decides the launch sizes and is for measurements and tests; so is ``launch``, which checks nothing.
 
     Entries routed to a rank that is neither member nor masked make the round void (``VoidReason.ROUTING``).
     """
@@ -49,6 +47,8 @@ class DeviceGroup:
         rank: int,
         *,
         deadline_s: float,
+        elastic: ElasticMode = ElasticMode.VIEWS,
+        num_local_experts: int = 0,
         planner: LaunchPlanner | None = None,
     ) -> None:
         ep = layout.ep
@@ -64,19 +64,17 @@ class DeviceGroup:
         self.epoch = 0
         self.device = heap.bytes_U8.device
         self.heap_U8 = heap.bytes_U8
-        self._planner = planner or _default_planner(self.device, ep.hidden_size)
+        self.elastic = elastic
         self._state = DeviceState(layout, rank, self.device)
+        self._load_WL = torch.zeros(ep.max_ranks, num_local_experts, dtype=torch.int64, device=self.device)
+        planner = planner or _default_planner(self.device, ep.hidden_size)
+        self.launch = DeviceLaunch(layout, self._state, rank, planner, elastic, self._load_WL)
         self._state.set_address(rank, heap.bytes_U8.data_ptr())
         self._mapped = {rank}
+        self._announced = (0, torch.empty(0, dtype=torch.int64))  # epoch, words of its first header
         self._had_header = False
         self._combine_tokens: int | None = None  # of the dispatch whose combine comes next
-        self._poison_W = layout.view(heap.bytes_U8, "ep_poison")
-        self._poison_W[rank] = 0  # what an earlier process of this slot said to itself
-        self._poison_lock = threading.Lock()
-        self._poison_word = 0
-        self._poison_stream: torch.cuda.Stream | None = None
-        if self.device.type == "cuda":
-            self._poison_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._host_poison = HostPoison(layout, heap, rank)
         self.set_deadline(deadline_s)
 
     # What dispatch left in the own heap, for the expert MLP; valid until the own combine.
@@ -94,11 +92,19 @@ class DeviceGroup:
 
     @property
     def row_x_WMH(self) -> torch.Tensor:
-        """[W, M, H] in the layout's dtype, a view; a row is written only if one of its codes names this rank."""
+        """[W, M, H] in the layout's dispatch dtype, a view; a row is written only if a code of it names this rank."""
         ep = self.layout.ep
-        rows = self.layout.view(self.heap_U8, "ep_dispatch_rows").view(ep.dtype)
-        first = 4 * ep.row_header_words // ep.dtype.itemsize
+        dtype = ep.dispatch_dtype or ep.dtype
+        rows = self.layout.view(self.heap_U8, "ep_dispatch_rows").view(dtype)
+        first = 4 * ep.row_header_words // dtype.itemsize
         return rows[:, :, first : first + ep.hidden_size]
+
+    @property
+    def row_scale_WMG(self) -> torch.Tensor:
+        """float32 [W, M, H / 128], a view: of the rows' elements in float8; no columns if they are not."""
+        ep = self.layout.ep
+        rows = self.layout.view(self.heap_U8, "ep_dispatch_rows").view(torch.float32)
+        return rows[:, :, ep.scale_word : ep.scale_word + ep.num_scales]
 
     def map_peer(self, rank: int, peer_heap: PeerHeap) -> None:
         """Use ``peer_heap`` for slot ``rank`` from now on, also in place of an earlier one, also in captured graphs."""
@@ -132,31 +138,31 @@ class DeviceGroup:
 
     def leave(self) -> None:
         """This rank is out of the group: poison its members and publish nothing more until it adopts a view again."""
-        self._poison_all(VoidReason.LEFT)
+        self.launch.poison(VoidReason.LEFT)
 
     def poison_members(self) -> None:
         """Make this rank void, accusing nobody, and tell every member."""
-        self._poison_all(VoidReason.STOPPED)
+        self.launch.poison(VoidReason.STOPPED)
 
     def poison_self(self, epoch: int | None = None) -> None:
         """End this rank's own waits in ``epoch`` (default: the current one) and before, at once, accusing nobody. From
         any thread, also while a graph runs.
         """
-        word = epoch_floor(self.epoch if epoch is None else epoch) | 1
-        with self._poison_lock:
-            self._poison_word = max(self._poison_word, word)
-            source = torch.tensor([self._poison_word], dtype=torch.int64)
-            own = self._poison_W[self.rank : self.rank + 1]
-            if self._poison_stream is None:
-                own.copy_(source)
-                return
-            with torch.cuda.stream(self._poison_stream):
-                own.copy_(source.pin_memory(), non_blocking=True)
-            self._poison_stream.synchronize()
+        self._host_poison.raise_to(epoch_floor(self.epoch if epoch is None else epoch) | 1)
 
     def void_reason(self) -> VoidReason | None:
-        """None: everything launched so far was complete. Waits for the stream: call it once, at the end of a round."""
-        return self._state.void_reason()
+        """None: everything launched so far was complete. Waits for the stream: call it once, at the end of a round.
+
+        LateRanksError in mode OFF, in place of a reason that comes from a wait.
+        """
+        reason = self._state.void_reason()
+        if self.elastic is ElasticMode.OFF and reason in _ENDS_OF_WAITS:
+            late = self.observation_mask().nonzero().flatten().tolist()
+            raise LateRanksError(
+                f"gave up waiting in epoch {self.epoch} ({reason.value}): nothing came from ranks {late}; elastic mode "
+                "is off"
+            )
+        return reason
 
     def observation_mask(self) -> torch.Tensor:
         """int32 [W]: 1 = was late at an own deadline in this epoch. Kernels observe, the monitor decides."""
@@ -172,6 +178,8 @@ class DeviceGroup:
         """As in ``EpochState.update_mask_buffer``: entries routed to a masked rank are dropped."""
         if rank == self.rank or rank not in self._mapped:
             raise ValueError(f"rank {rank} is not a mapped peer")
+        if self._combine_tokens is not None:
+            raise RuntimeError("update_mask_buffer between dispatch and combine")
         self._state.set_masked(rank, masked)
 
     def set_deadline(self, deadline_s: float) -> None:
@@ -180,34 +188,57 @@ class DeviceGroup:
             raise ValueError(f"deadline_s must be positive, got {deadline_s}")
         self._state.set_deadline(deadline_s)
 
+    def set_renormalise(self, renormalise: bool) -> None:
+        """As ``renormalise`` of ``ElasticGroup``; a word in device memory, so captured graphs follow."""
+        self._state.set_renormalise(renormalise)
+
+    def wait_ns_by_source(self) -> torch.Tensor:
+        """int64 [W]: nanoseconds that the kernels have waited for each slot since this object was made. Exact for the
+        last to come of each wait, to some tens of microseconds for the others."""
+        return self._state.waited_ns()
+
+    def expert_load(self) -> torch.Tensor:
+        """int64 [W, num_local_experts]: rows that this rank has sent to each physical expert; as in ElasticGroup."""
+        return self._load_WL.cpu()
+
     def set_digest(self, digest: int) -> None:
         """32 bits of the view and of the active placement, for the headers that follow."""
         self._state.set_digest(digest)
 
     def allgather(self, words_N: torch.Tensor, out_WN: torch.Tensor) -> None:
         """Exchange header words: int64 [N] below 2**32, on the device; out int64 [W, N], 0 for who is no member. The
-        first operation of every epoch. Patient: ended by poison of a peer or of the host, never by a deadline.
+        first operation of every epoch. Patient: ended by poison of a peer or of the host, never by a deadline (but in
+        mode ALONE).
         """
         ep = self.layout.ep
         self._check_tensor("words", words_N, (ep.num_header_words,), torch.int64)
         self._check_tensor("out", out_WN, (ep.max_ranks, ep.num_header_words), torch.int64)
         self._check_order("allgather", header_first=False)
+        epoch, announced_N = self._announced
+        if epoch == self.epoch and not self._had_header and not torch.equal(words_N, announced_N):
+            raise ValueError(f"words: the first header of epoch {self.epoch} differs from the one announced")
         self._had_header = True
-        allgather_kernel[(1,)](
-            self._state.ctl,
-            self._state.flags,
-            words_N,
-            out_WN,
-            self.rank,
-            W=ep.max_ranks,
-            WP=triton.next_power_of_2(ep.max_ranks),
-            N=ep.num_header_words,
-            NP=triton.next_power_of_2(ep.num_header_words + 1),
-            POISON=self._offset("ep_poison"),
-            HEADER=self._offset("ep_header"),
-            NT=32 * _CONTROL_WARPS,
-            num_warps=_CONTROL_WARPS,
-        )
+        self.launch.allgather(words_N, out_WN)
+
+    def announce_header(self, epoch: int, member_ranks: Sequence[int], words_N: torch.Tensor, digest: int) -> None:
+        """As in ``ElasticGroup``: a newcomer's first header of ``epoch``, written before it adopts."""
+        self._check_tensor("words", words_N, (self.layout.ep.num_header_words,), torch.int64)
+        if epoch <= self.epoch:
+            raise ValueError(f"epoch {epoch} is not above the current epoch {self.epoch}")
+        unmapped = sorted(set(member_ranks) - self._mapped)
+        if unmapped:
+            raise ValueError(f"cannot announce to ranks whose heaps are not mapped here: {unmapped}")
+        self._announced = (epoch, words_N.clone())
+        self.launch.announce(words_N, epoch_floor(epoch) | 1, digest, [*member_ranks, self.rank])
+
+    def sees_announcement(self, epoch: int, rank: int) -> bool:
+        """Whether the first header of ``epoch`` from ``rank`` lies in this heap. Waits for the stream."""
+        word = self.layout.view(self.heap_U8, "ep_header")[header_bank(epoch, 0), rank, 0]
+        return int(word) == epoch_floor(epoch) | 1
+
+    def all_announced(self, epoch: int, member_ranks: Sequence[int]) -> bool:
+        """Whether every member has entered ``epoch``: how a newcomer learns that it was let in."""
+        return all(self.sees_announcement(epoch, rank) for rank in member_ranks)
 
     def dispatch(
         self, x_TH: torch.Tensor, rank_TK: torch.Tensor, local_TK: torch.Tensor, weight_TK: torch.Tensor
@@ -225,7 +256,7 @@ class DeviceGroup:
         self._check_tensor("weight", weight_TK, (num_tokens, ep.top_k), torch.float32)
         self._check_order("dispatch", header_first=True)
         self._combine_tokens = num_tokens
-        self._launch_dispatch(x_TH, rank_TK, local_TK, weight_TK, STEP_BEFORE_DISPATCH.value, STEP_BEFORE_COMBINE.value)
+        self.launch.dispatch(x_TH, rank_TK, local_TK, weight_TK)
 
     def combine(self, expert_rows: torch.Tensor, out_TH: torch.Tensor, *, ordered: bool) -> None:
         """Return the experts' rows to the tokens' owners, and add up those of the own tokens into out_TH.
@@ -242,7 +273,7 @@ class DeviceGroup:
         self._check_tensor("expert_rows", expert_rows, shape, ep.dtype)
         self._check_tensor("out", out_TH, (self._combine_tokens, ep.hidden_size), ep.dtype, torch.float32)
         self._combine_tokens = None
-        self._launch_combine(expert_rows, out_TH, ordered, STEP_BEFORE_COMBINE.value, STEP_BEFORE_DISPATCH.value)
+        self.launch.combine(expert_rows, out_TH, ordered)
 
     def clean_buffer(self, deadline_s: float) -> None:
         """A barrier of all members. The deadline is a property of the group, not of a captured graph: it is stored when
@@ -251,99 +282,7 @@ class DeviceGroup:
         self._check_order("clean_buffer", header_first=True)
         if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             self._state.set_barrier_deadline(deadline_s)
-        barrier_kernel[(1,)](
-            self._state.ctl,
-            self._state.flags,
-            self.rank,
-            W=self.layout.ep.max_ranks,
-            POISON=self._offset("ep_poison"),
-            BARRIER=self._offset("ep_barrier_word"),
-            NT=32 * _CONTROL_WARPS,
-            num_warps=_CONTROL_WARPS,
-        )
-
-    def _launch_dispatch(
-        self,
-        x_TH: torch.Tensor,
-        rank_TK: torch.Tensor,
-        local_TK: torch.Tensor,
-        weight_TK: torch.Tensor,
-        step_in: int,
-        step_out: int,
-    ) -> None:
-        ep = self.layout.ep
-        plan = self._planner.dispatch(len(x_TH))
-        dispatch_kernel[(plan.num_programs,)](
-            self._state.ctl,
-            self._state.flags,
-            x_TH,
-            rank_TK,
-            local_TK,
-            weight_TK,
-            len(x_TH),
-            self.rank,
-            step_in,
-            step_out,
-            X_WORD=ep.row_header_words,
-            WORDS=self._offset("ep_dispatch_word"),
-            ROWS=self._offset("ep_dispatch_rows"),
-            **self._sizes(plan),
-        )
-
-    def _launch_combine(
-        self, expert_rows: torch.Tensor, out_TH: torch.Tensor, ordered: bool, step_in: int, step_out: int
-    ) -> None:
-        plan = self._planner.combine(len(out_TH), ordered)
-        combine_kernel[(plan.num_programs,)](
-            self._state.ctl,
-            self._state.flags,
-            expert_rows,
-            out_TH,
-            len(out_TH),
-            self.rank,
-            step_in,
-            step_out,
-            ORDERED=ordered,
-            DISPATCH_WORDS=self._offset("ep_dispatch_word"),
-            DISPATCH_ROWS=self._offset("ep_dispatch_rows"),
-            WORDS=self._offset("ep_combine_word"),
-            ROWS=self._offset("ep_combine_rows"),
-            enable_fp_fusion=False,  # every product and every sum is rounded, as in the reference
-            **self._sizes(plan),
-        )
-
-    def _sizes(self, plan: LaunchPlan) -> dict[str, Any]:
-        ep = self.layout.ep
-        launch = {"launch_pdl": True} if plan.overlap else {}
-        return {
-            "W": ep.max_ranks,
-            "M": ep.max_tokens,
-            "K": ep.top_k,
-            "KP": triton.next_power_of_2(ep.top_k),
-            "H": ep.hidden_size,
-            "ROW_WORDS": ep.row_bytes // 4,
-            "POISON": self._offset("ep_poison"),
-            "PART": plan.part,
-            "NT": 32 * plan.num_warps,
-            "OVERLAP": plan.overlap,
-            "num_warps": plan.num_warps,
-            **launch,
-        }
-
-    def _offset(self, region: str) -> int:
-        return self.layout.regions[region].offset
-
-    def _poison_all(self, reason: VoidReason) -> None:
-        poison_kernel[(1,)](
-            self._state.ctl,
-            self._state.flags,
-            self.rank,
-            CODES[reason],
-            W=self.layout.ep.max_ranks,
-            POISON=self._offset("ep_poison"),
-            NT=32 * _CONTROL_WARPS,
-            num_warps=_CONTROL_WARPS,
-        )
+        self.launch.barrier()
 
     def _check_order(self, operation: str, *, header_first: bool) -> None:
         if self.epoch == 0:

@@ -35,7 +35,7 @@ class DeviceState:
 
     def __init__(self, layout: HeapLayout, rank: int, device: torch.device) -> None:
         self._num_ranks = layout.ep.max_ranks
-        self.ctl = torch.zeros(_TABLE + self._num_ranks, dtype=torch.int64, device=device)
+        self.ctl = torch.zeros(_TABLE + 2 * self._num_ranks, dtype=torch.int64, device=device)
         self.flags = torch.zeros(_FIRST_MEMBER + 2 * self._num_ranks, dtype=torch.int32, device=device)
         self.flags[cell.STATUS.value] = CODES[VoidReason.LEFT]
 
@@ -48,6 +48,9 @@ class DeviceState:
 
     def set_barrier_deadline(self, deadline_s: float) -> None:
         self.ctl[cell.BARRIER_DEADLINE_NS.value] = int(deadline_s * 1e9)
+
+    def set_renormalise(self, renormalise: bool) -> None:
+        self.ctl[cell.RENORMALISE.value] = int(renormalise)
 
     def set_digest(self, digest: int) -> None:
         self.ctl[cell.DIGEST.value] = digest
@@ -63,6 +66,10 @@ class DeviceState:
 
     def set_masked(self, rank: int, masked: bool) -> None:
         self.flags[_FIRST_MEMBER + rank] = (cell.MASKED if masked else cell.MEMBER_OF_VIEW).value
+
+    def waited_ns(self) -> torch.Tensor:
+        """int64 [W], on the host."""
+        return self.ctl[_TABLE + self._num_ranks :].cpu()
 
     def void_reason(self) -> VoidReason | None:
         """None: clean. Waits for the device."""

@@ -1,9 +1,10 @@
 """Rows of float8 e4m3 with a float32 scale for each 128 elements, as dispatch sends them; in torch. The same bits as
 ``triton_fp8``.
 
-    scale = max(|x|, 1e-4) / 448      q = e4m3(x * (448 / max(|x|, 1e-4)))      x' = q * scale
+    amax = max(max |x|, 1e-4)      q = e4m3(x * (448 / amax))      scale = amax * (1 / 448)      x' = q * scale
 
-every step rounded to float32; the cast to e4m3 rounds to nearest, ties to even. The floor is DeepEP's.
+every step rounded to float32, 1 / 448 a constant; the cast to e4m3 rounds to nearest, ties to even. The floor is
+DeepEP's.
 
 Legend: T rows, H hidden_size, G = H / 128 groups.
 """
@@ -12,6 +13,7 @@ import torch
 
 GROUP_SIZE = 128
 LARGEST = 448.0
+ONE_OVER_LARGEST = 1 / 448
 SMALLEST_AMAX = 1e-4
 
 
@@ -19,8 +21,10 @@ def quantise(x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float8_e4m3fn [T, H] and float32 scales [T, G] of a float tensor whose H is a multiple of 128."""
     x_TGC = x_TH.float().reshape(len(x_TH), x_TH.shape[1] // GROUP_SIZE, GROUP_SIZE)
     amax_TG = x_TGC.abs().amax(2).clamp_min(SMALLEST_AMAX)
-    q_TGC = (x_TGC * (LARGEST / amax_TG)[:, :, None]).to(torch.float8_e4m3fn)
-    return q_TGC.flatten(1), amax_TG / LARGEST
+    # A number divided by a tensor would be its reciprocal times the number: other bits.
+    factor_TG = torch.full_like(amax_TG, LARGEST) / amax_TG
+    q_TGC = (x_TGC * factor_TG[:, :, None]).to(torch.float8_e4m3fn)
+    return q_TGC.flatten(1), amax_TG * ONE_OVER_LARGEST
 
 
 def dequantise(q_TH: torch.Tensor, scale_TG: torch.Tensor) -> torch.Tensor:

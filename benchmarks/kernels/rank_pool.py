@@ -4,31 +4,35 @@ import os
 import signal
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 CALL_TIMEOUT_S = 120.0
 
 
-def _serve(connection: Connection, device: int, holder: str) -> None:
-    from benchmarks.kernels.bench_rank import BenchRank  # after the start: it initialises CUDA
+def _serve(connection: Connection, device: int) -> None:
+    # After the start: they initialise CUDA.
+    from benchmarks.kernels.check_rank import CheckRank
+    from benchmarks.kernels.fault_rank import FaultRank
 
-    rank = BenchRank(device, Path(holder))
+    class Rank(CheckRank, FaultRank):
+        """Everything that a rank can be told to do."""
+
+    rank = Rank(device)
     while True:
         name, arguments = connection.recv()
         try:
             connection.send((True, getattr(rank, name)(**arguments)))
         except Exception as error:
-            connection.send((False, f"{type(error).__name__}: {error}"))
+            connection.send((False, f"{name}: {type(error).__name__}: {error}"))
 
 
 class RankProcess:
     """One rank, or a standby that may become one."""
 
-    def __init__(self, device: int, holder: Path) -> None:
+    def __init__(self, device: int) -> None:
         context = get_context("spawn")
         self._connection, child = context.Pipe()
-        self._process = context.Process(target=_serve, args=(child, device, str(holder)), daemon=True)
+        self._process = context.Process(target=_serve, args=(child, device), daemon=True)
         self._process.start()
         child.close()
 

@@ -4,8 +4,7 @@ Physical memory is freed when its last mapping and its last descriptor are gone,
 (``fd_holder``) keeps the memory over its owner's death, and a mapping of a dead peer's heap stays good to use. Never
 unmap while kernels run.
 
-CUDA virtual memory management through cuda-bindings; the current device's primary context must exist (any torch CUDA
-tensor makes it).
+CUDA virtual memory management through cuda-bindings, see ``device_memory``.
 """
 
 import os
@@ -16,23 +15,11 @@ import torch
 from cuda.bindings import driver
 
 from kernels.symmetric_memory.base import HeapError
+from kernels.symmetric_memory.device_memory import as_bytes, call, clear, read_header
 from kernels.symmetric_memory.fd_holder import HolderClient
 
 _KIND = "vmm"
 _FD_HANDLE = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-_HEADER_BYTES = 256
-
-
-class _Array:
-    """What torch needs to see memory as a tensor without owning it."""
-
-    def __init__(self, address: int, nbytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (nbytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 2,
-        }
 
 
 class VmmHeap:
@@ -53,20 +40,18 @@ class VmmHeap:
     @property
     def bytes_U8(self) -> torch.Tensor:
         """On the current device; for the own heap. A peer's is reached by ``address``."""
-        return torch.as_tensor(_Array(self.address, self.nbytes), device="cuda")
+        return as_bytes(self.address, self.nbytes)
 
     @property
     def header_U8(self) -> torch.Tensor:
-        header = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
-        _call(driver.cuMemcpyDtoH, header.data_ptr(), self.address, _HEADER_BYTES)
-        return header
+        return read_header(self.address)
 
     def close(self) -> None:
         """Waits for the device, then unmaps: tensors and kernels must not use the memory any more."""
         if self._address:
             torch.cuda.synchronize()
-            _call(driver.cuMemUnmap, self._address, self._mapped_bytes)
-            _call(driver.cuMemAddressFree, self._address, self._mapped_bytes)
+            call(driver.cuMemUnmap, self._address, self._mapped_bytes)
+            call(driver.cuMemAddressFree, self._address, self._mapped_bytes)
             self._address = 0
 
 
@@ -86,15 +71,14 @@ class VmmProvider:
         properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         properties.location.id = self._device
         properties.requestedHandleTypes = _FD_HANDLE
-        handle = _call(driver.cuMemCreate, self._round_up(nbytes), properties, 0)
-        fd = int(_call(driver.cuMemExportToShareableHandle, handle, _FD_HANDLE, 0))
+        handle = call(driver.cuMemCreate, self._round_up(nbytes), properties, 0)
+        fd = int(call(driver.cuMemExportToShareableHandle, handle, _FD_HANDLE, 0))
         try:
             self._client.put(name, nbytes, fd)
             heap = self._map(handle, name, nbytes)
         finally:
             os.close(fd)
-        _call(driver.cuMemsetD8, heap.address, 0, nbytes)
-        torch.cuda.synchronize()
+        clear(heap.address, nbytes)
         return heap
 
     def attach(self, name: str) -> VmmHeap:
@@ -117,21 +101,21 @@ class VmmProvider:
 
     def _import(self, fd: int, nbytes: int, name: str) -> VmmHeap:
         try:
-            handle = _call(driver.cuMemImportFromShareableHandle, fd, _FD_HANDLE)
+            handle = call(driver.cuMemImportFromShareableHandle, fd, _FD_HANDLE)
         finally:
             os.close(fd)
         return self._map(handle, name, nbytes)
 
     def _map(self, handle: Any, name: str, nbytes: int) -> VmmHeap:
         mapped_bytes = self._round_up(nbytes)
-        address = _call(driver.cuMemAddressReserve, mapped_bytes, 0, 0, 0)
-        _call(driver.cuMemMap, address, mapped_bytes, 0, handle, 0)
+        address = call(driver.cuMemAddressReserve, mapped_bytes, 0, 0, 0)
+        call(driver.cuMemMap, address, mapped_bytes, 0, handle, 0)
         access = driver.CUmemAccessDesc()
         access.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         access.location.id = self._device
         access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-        _call(driver.cuMemSetAccess, address, mapped_bytes, [access], 1)
-        _call(driver.cuMemRelease, handle)  # the mapping keeps the memory
+        call(driver.cuMemSetAccess, address, mapped_bytes, [access], 1)
+        call(driver.cuMemRelease, handle)  # the mapping keeps the memory
         heap = VmmHeap(int(address), nbytes, mapped_bytes, f"{_KIND}:{name}")
         self._open.append(heap)
         return heap
@@ -139,10 +123,3 @@ class VmmProvider:
     def _round_up(self, nbytes: int) -> int:
         granularity = 2 << 20
         return -(-nbytes // granularity) * granularity
-
-
-def _call(function: Any, *arguments: Any) -> Any:
-    error, *results = function(*arguments)
-    if error != driver.CUresult.CUDA_SUCCESS:
-        raise HeapError(f"{function.__name__} failed: {error}")
-    return results[0] if results else None

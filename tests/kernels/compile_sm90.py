@@ -9,13 +9,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels.heap_layout import EpShape, HeapLayout
-from kernels.triton_control import allgather_kernel, barrier_kernel, poison_kernel
-from kernels.triton_exchange import combine_kernel, dispatch_kernel
+from kernels.triton_combine import combine_kernel
+from kernels.triton_control import allgather_kernel, announce_kernel, barrier_kernel, poison_kernel
+from kernels.triton_dispatch import dispatch_kernel
+from kernels.triton_wait import ALONE, BARE, VIEWS
 
 LAYOUT = HeapLayout.build(EpShape(2, 128, 8, 7168, dtype=torch.bfloat16))
 NUM_WARPS = 4
 POINTERS = {
     "ctl": "*i64",
+    "load_WL": "*i64",
     "flags": "*i32",
     "words_N": "*i64",
     "out_WN": "*i64",
@@ -26,7 +29,8 @@ POINTERS = {
     "local_TK": "*i32",
     "weight_TK": "*fp32",
 }
-INTEGERS = ("num_tokens", "rank", "reason", "step_in", "step_out")
+INTEGERS = ("num_tokens", "rank", "reason", "step_in", "step_out", "step", "digest", "member_bits")
+LONG_INTEGERS = ("step", "digest", "member_bits")
 
 
 def constants(**more: Any) -> dict[str, Any]:
@@ -51,6 +55,10 @@ def constants(**more: Any) -> dict[str, Any]:
         "NT": 32 * NUM_WARPS,
         "PART": 1024,
         "OVERLAP": True,
+        "MODE": VIEWS.value,
+        "L": 128,
+        "SCALE_WORD": ep.scale_word,
+        "IS_FP8": False,
         **more,
     }
 
@@ -58,7 +66,8 @@ def constants(**more: Any) -> dict[str, Any]:
 def compile_one(kernel: Any, name: str, **more: Any) -> None:
     values = constants(**more)
     names = kernel.arg_names
-    signature = {n: POINTERS.get(n) or ("i32" if n in INTEGERS else "constexpr") for n in names}
+    integers = {n: "i64" if n in LONG_INTEGERS else "i32" for n in INTEGERS}
+    signature = {n: POINTERS.get(n) or integers.get(n, "constexpr") for n in names}
     compiled = triton.compile(
         ASTSource(
             fn=kernel,
@@ -85,9 +94,16 @@ def main() -> None:
     dispatch = {"WORDS": offset["ep_dispatch_word"], "ROWS": offset["ep_dispatch_rows"]}
     combine = {"WORDS": offset["ep_combine_word"], "ROWS": offset["ep_combine_rows"]}
     compile_one(dispatch_kernel, "dispatch", **dispatch)
-    compile_one(combine_kernel, "combine_ordered", ORDERED=True, **combine)
+    compile_one(dispatch_kernel, "dispatch_fp8", **dispatch, IS_FP8=True)
+    for name, mode in (("", VIEWS), ("_alone", ALONE), ("_bare", BARE)):
+        compile_one(combine_kernel, f"combine_ordered{name}", ORDERED=True, **combine, MODE=mode.value)
     compile_one(combine_kernel, "combine_reduced", ORDERED=False, **combine)
+    compile_one(dispatch_kernel, "dispatch_bare", **dispatch, MODE=BARE.value)
+    compile_one(dispatch_kernel, "dispatch_alone", **dispatch, MODE=ALONE.value)
+    compile_one(combine_kernel, "combine_reduced_alone", ORDERED=False, **combine, MODE=ALONE.value)
     compile_one(allgather_kernel, "allgather")
+    compile_one(allgather_kernel, "allgather_alone", MODE=ALONE.value)
+    compile_one(announce_kernel, "announce")
     compile_one(barrier_kernel, "barrier")
     compile_one(poison_kernel, "poison")
 

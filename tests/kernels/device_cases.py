@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from kernels import device_group, triton_wait
+from kernels import device_launch, triton_wait
 from kernels.device_group import DeviceGroup
 from kernels.epoch_state import VoidReason
 from kernels.heap_layout import EpShape, HeapLayout
@@ -26,7 +26,7 @@ from kernels.launch_plan import LaunchPlan, LaunchPlanner
 from kernels.symmetric_memory.shm import ShmHeap, ShmProvider
 from tests.kernels.local_group import DIGEST, SHAPE
 
-MODULES = ("triton_wait", "triton_control", "triton_exchange")
+MODULES = ("triton_wait", "triton_control", "triton_dispatch", "triton_combine")
 FLOOR = 1 << 40
 DEADLINE_S = 5.0
 SELF = 1
@@ -379,7 +379,7 @@ def mutate(directory: Path, module: str, old: str, new: str) -> None:
     """Load all kernel modules anew, with ``old`` replaced in one, and let the group launch those."""
     assert module in MODULES
     for name in MODULES[MODULES.index(module) :]:
-        source = Path(device_group.__file__).with_name(f"{name}.py").read_text()
+        source = Path(device_launch.__file__).with_name(f"{name}.py").read_text()
         if name == module:
             assert source.count(old) >= 1, f"nothing to mutate: {old!r}"
             source = source.replace(old, new)
@@ -392,7 +392,7 @@ def mutate(directory: Path, module: str, old: str, new: str) -> None:
         spec.loader.exec_module(mutant)
         for kernel in ("allgather_kernel", "barrier_kernel", "poison_kernel", "dispatch_kernel", "combine_kernel"):
             if hasattr(mutant, kernel):
-                setattr(device_group, kernel, getattr(mutant, kernel))
+                setattr(device_launch, kernel, getattr(mutant, kernel))
         if name == "triton_wait":
             globals()["triton_wait"] = mutant
 

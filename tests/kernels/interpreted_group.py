@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from kernels.device_group import DeviceGroup
+from kernels.elastic_mode import ElasticMode
 from kernels.epoch_state import CLEAN, VOID
 from kernels.heap_layout import HeapLayout
 from kernels.received import Received, sum_of_each_row
@@ -22,10 +23,18 @@ from kernels.symmetric_memory.base import SymmetricHeap
 class InterpretedGroup(ElasticGroup):
     """The reference object beside it holds the peers' windows and never acts on the heap."""
 
-    def __init__(self, layout: HeapLayout, heap: SymmetricHeap, rank: int, *, deadline_s: float) -> None:
+    def __init__(
+        self,
+        layout: HeapLayout,
+        heap: SymmetricHeap,
+        rank: int,
+        *,
+        deadline_s: float,
+        elastic: ElasticMode = ElasticMode.VIEWS,
+    ) -> None:
         super().__init__(layout, heap, rank, deadline_s=deadline_s)
         self._stop: Callable[[], bool] | None = None
-        self.kernels = DeviceGroup(layout, heap, rank, deadline_s=deadline_s)
+        self.kernels = DeviceGroup(layout, heap, rank, deadline_s=deadline_s, elastic=elastic)
 
     def map_peer(self, rank: int, peer_heap: SymmetricHeap) -> None:  # type: ignore[override]
         super().map_peer(rank, peer_heap)

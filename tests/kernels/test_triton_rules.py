@@ -17,28 +17,28 @@ CASES = (
     "group_of_one_in_bfloat16",
     "wrong_use",
 )
-READS_STATUS = "void = tl.load(flags + STATUS)"
+READS_STATUS = "void = status(flags, MODE)"
 # What breaks each rule: case, module, text, replacement.
 MUTANTS = {
     "1.1 combine rows of no one's slot": (
         "writes_only_into_regions_of_its_slot",
-        "triton_exchange",
+        "triton_combine",
         "first = ((rank * M + token) * K)",
         "first = ((0 * M + token) * K)",
     ),
     "1.1 dispatch rows of no one's slot": (
         "writes_only_into_regions_of_its_slot",
-        "triton_exchange",
+        "triton_dispatch",
         "+ (rank * M + t).to(tl.int64) * ROW_WORDS\n            wanted",
         "+ t.to(tl.int64) * ROW_WORDS\n            wanted",
     ),
     "2.2 status not set by the program that leaves": (
         "one_verdict_a_wait",
         "triton_wait",
-        "        mark_void(flags, reason)\n        if reason",
-        "        if reason",
+        "                mark_void(flags, reason)\n                if reason",
+        "                if reason",
     ),
-    "2.3 void ranks go on sending": ("void_publishes_nothing", "triton_exchange", READS_STATUS, READS_STATUS + " * 0"),
+    "2.3 void ranks go on sending": ("void_publishes_nothing", "triton_combine", READS_STATUS, READS_STATUS + " * 0"),
     "2.3 void ranks go on with barriers": (
         "void_publishes_nothing",
         "triton_control",
