@@ -5,13 +5,14 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup up demo test test-compose chaos chaos-sim soak bench bench-failover bench-planner check format
+.PHONY: help setup up demo test test-compose test-namespaces chaos chaos-sim soak bench bench-failover bench-planner check format
 
 help:
 	@echo "make up            start a cluster on http://127.0.0.1:8000; Ctrl-C stops it"
 	@echo "make demo          kill a rank under sixteen streams and compare every token"
 	@echo "make test          all tests that need neither a GPU nor Docker"
 	@echo "make test-compose  the containers, for real (needs a Docker engine)"
+	@echo "make test-namespaces  several hosts on this machine, links cut for real (needs root, ip and nft)"
 	@echo "make chaos         kill and stop processes under load; ARGS=\"--seed 1 --seconds 600\""
 	@echo "make chaos-sim     ten thousand simulated stories and all mutants; goes on where it was interrupted"
 	@echo "make bench         tokens per second and latencies, against one process without services"
@@ -40,6 +41,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-namespaces: $(STAMP)
+	@$(BIN)/python -m pytest -m "root" tests/cluster/test_namespaces.py $(ARGS)
 
 test-compose: $(STAMP)
 	@$(BIN)/python -m pytest -m compose --timeout 1800 $(ARGS)
