@@ -6,24 +6,29 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.run import NUM_RANKS, report, run_chaos
-from tests.chaos.schedule import schedule
+from tests.chaos.run import CLUSTER_OPTIONS, new_tally, report, run_chaos
+from tests.chaos.schedule import SIGNALS, UNDONE_BY, schedule
 from tests.cluster.harness import Cluster
 
 
 def test_a_seed_gives_one_schedule_and_seeds_differ() -> None:
     first, again, other = (list(itertools.islice(schedule(seed), 200)) for seed in (1, 1, 2))
     assert first == again != other
-    assert {(fault.action, fault.kind) for fault in first} >= {("kill", "decode"), ("stop", "monitor")}
+    faults = [fault for group in first for fault in group]
+    assert {(fault.action, fault.kind) for fault in faults} >= {("kill", "decode"), ("stop", "monitor")}
+    assert {fault.action for fault in faults} == {*SIGNALS, *UNDONE_BY}
+    assert {len(group) for group in first} == {1, 2}
 
 
 @pytest.mark.timeout(300)
 def test_twenty_seconds_of_faults_change_no_stream(tmp_path: Path) -> None:
-    cluster = Cluster(tmp_path / "run", "--decode-ranks", str(NUM_RANKS), "--prefill-workers", "2")
+    cluster = Cluster(tmp_path / "run", *CLUSTER_OPTIONS)
     try:
         cluster.wait_ready()
-        tally = asyncio.run(run_chaos(cluster, seed=1, seconds=20.0))
-        assert tally.wrong == [], f"{report(1, tally)}\n{cluster.logs()}"
-        assert sum(tally.faults.values()) >= 3, "hardly any fault happened"
+        tally = new_tally(cluster)
+        asyncio.run(run_chaos(cluster, 1, 20.0, tally))
+        story = "\n".join([report(1, tally), *tally.wrong, *tally.injector.story])
+        assert tally.wrong == [], f"{story}\n{cluster.logs()}"
+        assert tally.num_faults >= 3, f"hardly any fault happened\n{story}"
     finally:
         cluster.stop()

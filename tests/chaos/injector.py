@@ -1,0 +1,122 @@
+"""Carries faults out against a live cluster, proves them, and undoes what does not end by itself."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.fault_answers import SCALE_DEADLINE_S, proof_of
+from common.process_table import processes_of, state_of
+from services.cli.fault import FaultClient, fault_event, scale_event
+from services.cli.run_directory import monitor_address
+from tests.chaos.schedule import SIGNALS, UNDONE_BY, Fault
+from tests.cluster.harness import Cluster
+
+_PROOF_S, _ANSWER_S = 5.0, 30.0
+_SPARED = ("router", "cli")  # streams live in the router; `regrow up` is the operator
+
+
+@dataclass
+class Injector:
+    """``size``: what the cluster is scaled back to. ``story``: what was done, with seconds since the start."""
+
+    cluster: Cluster
+    size: tuple[int, int]
+    started: float = field(default_factory=time.monotonic)
+    story: list[str] = field(default_factory=list)
+    num_done: dict[str, int] = field(default_factory=dict)
+    num_refused: int = 0
+    _masked: set[int] = field(default_factory=set)
+
+    async def inject(self, fault: Fault) -> None:
+        if fault.action in SIGNALS:
+            await self._signal(fault)
+        else:
+            await self._event(fault)
+
+    def _tell(self, text: str) -> None:
+        self.story.append(f"{time.monotonic() - self.started:7.2f} s  {text}")
+
+    def _count(self, fault: Fault) -> None:
+        name = f"{fault.action} {fault.kind}"
+        self.num_done[name] = self.num_done.get(name, 0) + 1
+
+    # Signals.
+
+    def _pids(self, fault: Fault) -> list[int]:
+        found = [process for process in processes_of(self.cluster.run_dir.resolve()) if process.kind not in _SPARED]
+        if fault.kind == "everything":
+            return [process.pid for process in found]
+        kind = fault.kind.removeprefix("all ")
+        pids = [process.pid for process in found if process.kind == kind]
+        return pids if kind != fault.kind or not pids else [pids[int(fault.pick * len(pids))]]
+
+    async def _signal(self, fault: Fault) -> None:
+        pids, wanted = self._pids(fault), "" if fault.action == "kill" else "T"
+        number = signal.SIGKILL if fault.action == "kill" else signal.SIGSTOP
+        for pid in pids:
+            _send(pid, number)
+        await self._prove(fault, pids, wanted)
+        if not pids:
+            return
+        self._tell(f"{fault}: pids {pids}")
+        self._count(fault)
+        if fault.action == "stop":
+            await asyncio.sleep(fault.hold_s)
+            for pid in pids:
+                _send(pid, signal.SIGCONT)
+
+    async def _prove(self, fault: Fault, pids: list[int], wanted: str) -> None:
+        deadline = time.monotonic() + _PROOF_S
+        while late := [pid for pid in pids if state_of(pid) not in (wanted, "Z", "X", "")]:
+            assert time.monotonic() < deadline, f"{fault} did not take effect on {late}"
+            await asyncio.sleep(0.005)
+
+    # Events.
+
+    async def _event(self, fault: Fault) -> None:
+        """Refused is no failure: beside another fault there may be no such rank, or no room without it."""
+        rank = int(fault.pick * self.size[0])
+        event = scale_event(*fault.size) if fault.action == "scale" else fault_event(fault.action, rank, None)
+        answer = await self._ask(event)
+        self._tell(
+            f"{fault}{'' if fault.action == 'scale' else f', rank {rank}'}: {answer['status']}: {proof_of(answer)}"
+        )
+        if answer["status"] == "done":
+            self._count(fault)
+        else:
+            self.num_refused += 1
+        if fault.action != "scale":
+            self._masked.add(rank)
+        await asyncio.sleep(fault.hold_s)
+        await self._undo(UNDONE_BY[fault.action], rank)
+
+    async def _undo(self, action: str, rank: int) -> None:
+        event = scale_event(*self.size) if action == "scale" else fault_event(action, rank, None)
+        answer = await self._ask(event)
+        self._tell(f"{action} {'' if action == 'scale' else f'rank {rank}'}: {answer['status']}: {proof_of(answer)}")
+        if answer["status"] != "failed":
+            self._masked.discard(rank)
+
+    async def _ask(self, event: dict[str, object]) -> dict[str, Any]:
+        """An answer is due even when the monitor has just been killed: the client repeats the event to the next one."""
+        deadline_s = SCALE_DEADLINE_S if event["action"] == "scale" else _ANSWER_S
+        with FaultClient(monitor_address(self.cluster.run_dir)) as client:
+            try:
+                return await asyncio.to_thread(client.inject, event, deadline_s)
+            except TimeoutError as error:
+                return {"status": "failed", "error": str(error)}
+
+    async def undo_all(self) -> None:
+        """Ranks still masked, and the size: an undoing may itself have met a fault."""
+        for rank in sorted(self._masked):
+            await self._undo("unmask", rank)
+        await self._undo("scale", 0)
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
