@@ -31,6 +31,7 @@ from common.messages import (
     Welcome,
 )
 from common.view import ranks
+from kernels.epoch_state import VoidReason
 from services.decode import actions
 from services.decode.actions import Action, Send
 from services.decode.batch_scheduler import BatchScheduler
@@ -355,7 +356,11 @@ class Stream:
         return RoundHeader(sum(len(step.token_ids) for step in steps), idle, membership.staged_epoch), steps
 
     def _accused(self) -> tuple[int, ...]:
+        """Who missed an own deadline. The wait for headers has none: there it is who was missing when a roll call (or
+        another word of the host) ended it. Otherwise a path that is broken between rounds would never be told of."""
         group = self._engine.group if self._engine else None
+        if group is not None and group.void_reason in (VoidReason.STOPPED, VoidReason.HOST_POISON):
+            return group.missing
         return tuple(group.observation_mask().nonzero().flatten().tolist()) if group else ()
 
     def _send(self, sends: Sequence[Send]) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from common.config import ClusterConfig
 from common.ids import ProcessId
-from common.messages import Exited, Heartbeat, Hello, Message, Signal, Welcome
+from common.messages import Exited, Heartbeat, Hello, Message, SetChildren, Signal, Welcome
 from services.agent import signal_requests, supervisor
 from services.agent.exit_reports import ExitReports
 from services.agent.signal_requests import Answer, Deliver, SignalRequests
@@ -19,16 +19,21 @@ Start = Callable[[str, str, ProcessId], Node]
 
 
 class AgentNode(ClientNode):
-    """``start_process``: (name, kind, process) -> node."""
+    """``start_process``: (name, kind, process) -> node. ``wanted``: the file in which it writes down how many children
+    of a kind there should be; empty where it may not change their number."""
 
     kind = "agent"
 
-    def __init__(self, world: World, names: Sequence[str], config: ClusterConfig, start_process: Start) -> None:
+    def __init__(
+        self, world: World, names: Sequence[str], config: ClusterConfig, start_process: Start, wanted: dict[str, int]
+    ) -> None:
         super().__init__(world, "agent-0")
-        self._start_process = start_process
+        self._start_process, self._wanted = start_process, wanted
         self._supervisor = Supervisor(names, config, world.random, world.now)
         self._requests, self._reports = SignalRequests(), ExitReports()
         self._take_over()
+        for kind, count in wanted.items():
+            self._perform(self._supervisor.on_set_children(kind, count, (), world.now))
         world.death_watchers.append(self._on_pidfd)
         self._tick()
 
@@ -37,7 +42,10 @@ class AgentNode(ClientNode):
         for node in self.world.nodes.values():
             if not node.is_alive:
                 self.world.memory.remove_files_of(node)
-            elif node.name in self._supervisor.children:
+                continue
+            if node.name not in self._supervisor.children and node.kind in self._wanted:
+                self._supervisor.add(node.name, self.world.now)
+            if node.name in self._supervisor.children:
                 self._supervisor.on_spawned(node.name, node.process, self.world.next_pid(), self.world.now)
 
     def hello(self) -> Hello:
@@ -45,13 +53,20 @@ class AgentNode(ClientNode):
         return Hello(self.process, "agent", self.name, "h", 1, "", children=children)
 
     def heartbeat(self) -> Heartbeat:
-        return Heartbeat(self.process, term=self.obedience.term)
+        counters: dict[str, int] = {}
+        for kind, count in self._wanted.items():
+            children = self._supervisor.num_wanted_children(kind)
+            counters |= {f"wanted_{kind}": count, f"children_{kind}": children}
+        return Heartbeat(self.process, term=self.obedience.term, counters=counters)
 
     def on_message(self, peer: ProcessId, message: Message, frames: Frames) -> None:
         match message:
             case Signal(process=process):
                 is_alive = self._supervisor.by_process(process) is not None
                 self._answer(self._requests.on_request(message, is_alive, self.world.now))
+            case SetChildren(kind=kind, count=count, retire=retire) if kind in self._wanted:
+                self._wanted[kind] = count
+                self._perform(self._supervisor.on_set_children(kind, count, retire, self.world.now))
             case Welcome(config=config):
                 self._supervisor.configure(config)
             case _:
@@ -79,10 +94,17 @@ class AgentNode(ClientNode):
 
     def _signal(self, process: ProcessId, signal: str) -> None:
         """Stops of processes are the schedule's business, which knows their end."""
-        if signal not in ("KILL", "TERM"):
-            raise Bad(f"the agent is asked for signal {signal}")
-        if node := self.world.nodes.get(process):
+        node = self.world.nodes.get(process)
+        if node is None:
+            return
+        if signal == "KILL":
             node.die(f"signal {signal}")
+        elif signal == "TERM":
+            node.run(node.terminate)
+        elif signal == "CONT":
+            node.stopped_until = self.world.now
+        else:
+            raise Bad(f"the agent is asked for signal {signal}")
 
     def _on_pidfd(self, node: Node, reason: str) -> None:
         self.later(_PIDFD_S, lambda: self._on_exit(node, reason))

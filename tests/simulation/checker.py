@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.ids import NO_RANK, ProcessId, Rank, RequestId
-from common.messages import TokenBatch, View
+from common.messages import Message, RollAnswer, TokenBatch, View, VoidReport
 from common.view import digest, orphans, ranks
 from services.decode.membership import RankState
 from services.monitor.slots import SlotState
@@ -47,6 +47,9 @@ class Checker:
         self._epochs: dict[str, int] = {}
         self._last_incarnation: dict[Rank, int] = {}  # that has committed
         self._last_event: dict[str, Any] = {}
+        self.sizes: dict[str, set[int]] = {}  # that were ever asked for, of the kinds whose number an agent keeps
+        self._roll_call: tuple[int, tuple[ProcessId, ...]] | None = None  # epoch, who was called
+        self._answered: dict[ProcessId, int] = {}  # epoch of the last answer or report
 
     # Requests.
 
@@ -82,7 +85,18 @@ class Checker:
             if tuple(client.received) != client.expected or tokens.finish != client.expected_finish:
                 raise Bad(f"{tokens.request} ended after {len(client.received)} tokens with {tokens.finish}")
 
+    # Commands.
+
+    def on_scale(self, sizes: dict[str, int]) -> None:
+        for kind, size in sizes.items():
+            self.sizes.get(kind, set()).add(size)
+
     # Ranks.
+
+    def on_tell(self, message: Message) -> None:
+        """A rank tells the monitor something."""
+        if isinstance(message, RollAnswer | VoidReport):
+            self._answered[message.process] = max(self._answered.get(message.process, 0), message.epoch)
 
     def on_commit(self, node: DecodeNode, batch: TokenBatch) -> None:
         """Tokens leave a rank."""
@@ -121,15 +135,30 @@ class Checker:
         if view.epoch <= self._published:
             raise Bad(f"view {view.epoch} published after {self._published}")
         self._published = view.epoch
+        self._check_roll_call(view)
         num_local = len(view.placement.physical_to_logical[0][0])
         if len(view.members) * num_local >= NUM_EXPERTS and orphans(view.placement, ranks(view), NUM_EXPERTS):
             raise Bad(f"view {view.epoch} leaves experts without a copy although there is room")
+
+    def _check_roll_call(self, view: View) -> None:
+        """Whoever stays after a roll call has answered it, unless something else made this view meanwhile."""
+        if self._roll_call is None:
+            return
+        (epoch, called), self._roll_call = self._roll_call, None
+        members = tuple(member.process for member in view.members)
+        silent = [process for process in called if self._answered.get(process, 0) < epoch]
+        if members == called and silent:
+            raise Bad(f"view {view.epoch} keeps {silent}, who did not answer the roll call of {epoch}")
 
     def on_event(self, monitor: MonitorNode, event: dict[str, Any]) -> None:
         shown = " ".join(f"{k}={v}" for k, v in event.items() if k not in ("type", "time", "kind", "since", "term"))
         self._world.tell(f"{monitor.process[:12]} {event['kind']}: {shown}")
         if event["kind"] == "fault":
             self._last_event[event.get("id", "")] = event
+        elif event["kind"] == "roll_call":
+            self._roll_call = event["epoch"], tuple(member.process for member in monitor.core.group.members)
+        elif event["kind"] == "term":
+            self._roll_call = None
         if event["kind"] != "removed" or event["evidence"] in _NO_BLAME:
             return
         if not self._world.nodes[event["process"]].excuse:
@@ -192,7 +221,9 @@ class Checker:
         slots = [(slot.rank, slot.state.value, slot.process) for slot in core.slots.slots]
         if core.slots.in_state(SlotState.MASKED) or core.slots.in_state(SlotState.FENCING):
             return f"slots {slots}"
-        if len(view.members) != monitor.config.decode.num_ranks:
+        if wrong := self._wrong_sizes(monitor):
+            return wrong
+        if len(view.members) != core.sizing.num_ranks:
             return f"view {view.epoch} has ranks {ranks(view)}; slots {slots}"
         for member in view.members:
             node = self._world.nodes[member.process]
@@ -203,6 +234,14 @@ class Checker:
         for node in self._world.of_kind("router"):
             if isinstance(node, RouterNode) and (node.table is None or node.table.epoch != view.epoch):
                 return f"{node.process} is at {node.table and node.table.epoch}, not {view.epoch}"
+        return ""
+
+    def _wrong_sizes(self, monitor: MonitorNode) -> str:
+        """A scaling ends in a size that somebody has asked for, never in between, and so many processes run."""
+        for kind, asked in self.sizes.items():
+            wanted, num_running = monitor.core.sizing.wanted[kind], len(self._world.of_kind(kind))
+            if wanted not in asked or num_running != wanted:
+                return f"{num_running} of {kind} run, {wanted} are wanted; asked for were {sorted(asked)}"
         return ""
 
     def _leaks(self) -> str:

@@ -33,6 +33,7 @@ from tests.simulation.world import Bad, Frames, World
 
 HEAP_DIR = Path("/heaps")
 _LOOP_S = 0.0005  # from the stream's thread to the event loop
+_LAST_WORDS_S = 0.05
 
 
 class DecodeNode(ClientNode):
@@ -96,6 +97,7 @@ class DecodeNode(ClientNode):
                 case actions.Send(peer=peer, message=message):
                     self.send(peer, message)
                 case actions.Tell(message=message):
+                    self.world.checker.on_tell(message)
                     self.tell_monitor(message)
                 case actions.SayHello():
                     self.say_hello()
@@ -113,6 +115,11 @@ class DecodeNode(ClientNode):
             if node := self.world.by_endpoint(endpoint):
                 self.send(node.process, message)
 
+    def terminate(self) -> None:
+        self.stream.stop()
+
     def _on_end(self, error: BaseException | None) -> None:
-        if self.is_alive:
+        if self.is_alive and error is None:
+            self.later(_LAST_WORDS_S, lambda: self.die("exit 0"))
+        elif self.is_alive:
             raise Bad(f"the stream of {self.process} ended: {error!r}") from error

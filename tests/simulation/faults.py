@@ -25,17 +25,24 @@ class Faults:
             (1.5, self._stop_rank),
             (1.5, self._stop_rank_at_a_step),
             (0.7, self._hang_stream),
+            (0.7, self._slow_rank),
+            (0.3, self._break_path),
             (0.7, self._kill_prefill),
+            (0.3, self._kill_all_prefill),
             (0.4, self._stop_prefill),
-            (1.0, self._kill_monitor),
+            (0.7, self._kill_monitor),
+            (0.7, self._kill_monitor_at_a_step),
             (0.7, self._stop_monitor),
             (0.5, self._stop_agent),
             (0.5, self._kill_agent),
             (0.4, self._kill_router),
+            (0.3, self._stop_router),
             (0.7, self._flap),
             (1.2, self._cut_data_link),
             (0.5, self._cut_monitor_link),
             (1.5, self._mask),
+            (0.7, self._drain),
+            (2.5, self._scale),
             (0.2, self._stop_everything),
             (0.5, self._zombie),
         ]
@@ -57,12 +64,15 @@ class Faults:
         self._unmask_at = self._world.now + 2.0
         for slot in monitor.core.slots.slots:
             if slot.state.value == "masked":
-                self._publish("unmask", slot.rank)
+                self._publish("unmask", rank=slot.rank)
 
     def _any(self) -> None:
         weights = [weight for weight, _ in self._kinds]
         _, fault = self._random.choices(self._kinds, weights)[0]
+        num_lines = len(self._world.lines)
         fault()
+        if len(self._world.lines) > num_lines:  # it was told, so it took effect
+            self._world.num_faults[fault.__name__.strip("_").replace("_", " ")] += 1
 
     def _pick(self, kind: str) -> Node | None:
         found = [node for node in self._world.of_kind(kind) if node.is_running]
@@ -87,6 +97,7 @@ class Faults:
         if node := self._pick_member():
             node.task.steps_to_live = self._random.randint(1, 60)
             node.excuse = node.excuse or "killed"
+            self._world.tell(f"{node.process} will die at its {node.task.steps_to_live}. store")
 
     def _stop_rank(self) -> None:
         if node := self._pick_member():
@@ -95,6 +106,27 @@ class Faults:
     def _stop_rank_at_a_step(self) -> None:
         if node := self._pick_member():
             node.task.steps_to_stop = (self._random.randint(1, 60), self._seconds())
+            self._world.tell(f"{node.process} will stop at its {node.task.steps_to_stop[0]}. store")
+
+    def _slow_rank(self) -> None:
+        """Everything that it waits for takes longer to be noticed."""
+        if node := self._pick_member():
+            factor, seconds = self._random.choice((2.0, 5.0, 10.0, 40.0)), self._seconds()
+            node.task.slowness, node.excuse = factor, node.excuse or "slow"
+            self._world.tell(f"{node.process} is {factor:g} times slower for {seconds:.2f} s")
+            self._world.at(seconds, lambda: setattr(node.task, "slowness", 1.0))
+
+    def _break_path(self) -> None:
+        """What one rank writes no longer arrives in the memory of another, for as long as both live; or both ways."""
+        one, other = self._pick_member(), self._pick_member()
+        if one is None or other is None or one is other:
+            return
+        pairs = [(one, other), (other, one)][: self._random.choice((1, 2))]
+        for writer, owner in pairs:
+            self._world.broken_paths.add((writer.process, owner.process))
+            self._world.tell(f"what {writer.process} writes no longer reaches {owner.process}")
+        for node in (one, other):
+            node.excuse = node.excuse or "on a broken path"
 
     def _hang_stream(self) -> None:
         """Heartbeats go on."""
@@ -110,23 +142,46 @@ class Faults:
         if node is not None and agent is not None:
             seconds = self._random.uniform(4.0, 9.0)
             node.task.steps_to_stop = (self._random.randint(1, 40), seconds)
+            self._world.tell(f"{node.process} will stop at its {node.task.steps_to_stop[0]}. store")
             agent.stop_for(seconds + self._random.uniform(0.1, 3.0))
 
     def _mask(self) -> None:
+        self._put_out("mask", "unmask")
+
+    def _drain(self) -> None:
+        self._put_out("drain", "undrain")
+
+    def _put_out(self, do: str, undo: str) -> None:
         monitor = self._world.monitor
         if monitor is None or not monitor.core.group.members:
             return
         member = self._random.choice(monitor.core.group.members)
         self._world.nodes[member.process].excuse = "masked"
-        self._publish("mask", member.rank)
-        self._world.at(self._random.uniform(0.2, 4.0), lambda: self._publish("unmask", member.rank))
+        self._publish(do, rank=member.rank)
+        self._world.at(self._random.uniform(0.2, 4.0), lambda: self._publish(undo, rank=member.rank))
 
-    def _publish(self, action: str, rank: int) -> None:
+    def _scale(self) -> None:
+        """To any size that there is room for, often in the middle of another scaling."""
+        monitor, random = self._world.monitor, self._random
+        if monitor is None:
+            return
+        sizes = {"decode": random.randint(2, monitor.config.decode.max_ranks)}
+        if random.random() < 0.4:
+            sizes["prefill"] = random.randint(1, 3)
+        if random.random() < 0.2:
+            del sizes["decode"]
+            sizes["prefill"] = random.randint(1, 3)
+        for node in self._world.of_kind("decode"):
+            node.excuse = node.excuse or "not wanted any more"
+        self._world.checker.on_scale(sizes)
+        self._publish("scale", **sizes)
+
+    def _publish(self, action: str, **fields: int) -> None:
         """A fault event, repeated until it is answered."""
         self._num_events += 1
         id = f"{action}-{self._num_events}"
-        self._world.tell(f"fault event {id}: {action} rank {rank}")
-        payload = msgspec.msgpack.encode({"type": "fault", "id": id, "action": action, "rank": rank})
+        self._world.tell(f"fault event {id}: {action} {fields}")
+        payload = msgspec.msgpack.encode({"type": "fault", "id": id, "action": action, **fields})
 
         def publish(again: int) -> None:
             if again and not self._world.checker.fault_status(id):
@@ -142,6 +197,10 @@ class Faults:
         if node := self._pick("prefill"):
             node.die()
 
+    def _kill_all_prefill(self) -> None:
+        for node in self._world.of_kind("prefill"):
+            node.die()
+
     def _stop_prefill(self) -> None:
         if node := self._pick("prefill"):
             node.stop_for(self._seconds())
@@ -149,6 +208,13 @@ class Faults:
     def _kill_monitor(self) -> None:
         if node := self._pick(MONITOR):
             node.die()
+
+    def _kill_monitor_at_a_step(self) -> None:
+        """Some of the next words that it wants to say leave it, and the others never do."""
+        monitor = self._world.monitor
+        if monitor is not None and monitor.is_running:
+            monitor.steps_to_live = self._random.randint(0, 40)
+            self._world.tell(f"{monitor.process} will die after {monitor.steps_to_live} more words")
 
     def _stop_monitor(self) -> None:
         if node := self._pick(MONITOR):
@@ -167,6 +233,10 @@ class Faults:
         if node := self._pick("router"):
             node.die()
 
+    def _stop_router(self) -> None:
+        if node := self._pick("router"):
+            node.stop_for(self._seconds())
+
     def _stop_everything(self) -> None:
         seconds = self._random.uniform(0.5, 6.0)
         for node in list(self._world.nodes.values()):
@@ -179,8 +249,9 @@ class Faults:
             node.flap()
 
     def _cut_data_link(self) -> None:
-        """One way or both, between a router or prefill worker and a rank, or between two ranks."""
-        one, other = self._pick(self._random.choice(("router", "prefill", "decode"))), self._pick("decode")
+        """One way or both, between any two that talk to each other."""
+        kinds = [("router", "decode"), ("prefill", "decode"), ("decode", "decode"), ("router", "prefill")]
+        one, other = (self._pick(kind) for kind in self._random.choice(kinds))
         if one is not None and other is not None and one is not other:
             self._cut(one.process, other.process)
 

@@ -97,6 +97,11 @@ class _Writer:
     def __init__(self, node: Node, task: StreamTask, owner: Node, tasks: dict[str, StreamTask]) -> None:
         self.node, self.task, self._owner, self._tasks = node, task, owner, tasks
 
+    @property
+    def reaches(self) -> bool:
+        """A path that has failed once stays so: connections of such networks end at their first lost write."""
+        return self.node.is_alive and (self.node.process, self._owner.process) not in self.node.world.broken_paths
+
     def notify(self) -> None:
         self._tasks[self._owner.process].notify(by_memory=True)
 
@@ -112,7 +117,7 @@ class RemoteArray:
     def __setitem__(self, index: Any, value: Any) -> None:
         writer = self._writer
         writer.task.step()
-        if writer.node.is_alive:
+        if writer.reaches:
             self._array[index] = value
             writer.notify()
 
@@ -120,7 +125,7 @@ class RemoteArray:
         """Payload is written through a view of the array: a step before it, and nothing at all by the dead."""
         writer = self._writer
         writer.task.step()
-        return self._array[index] if writer.node.is_alive else self._array[index].copy()
+        return self._array[index] if writer.reaches else self._array[index].copy()
 
 
 class RemoteWindow:

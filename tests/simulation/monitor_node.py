@@ -27,6 +27,7 @@ class MonitorNode(Node):
         self.config = config
         self.core = Monitor(myself, config, num_layers, NUM_EXPERTS, world.now)
         self._num_connections = 0
+        self.steps_to_live: int | None = None
         self._clients: dict[ProcessId, ClientNode] = {}
         world.monitor = self
         self.later(config.monitor.tick_s, self._tick)
@@ -64,6 +65,11 @@ class MonitorNode(Node):
 
     def _perform(self, wanted: list[Action]) -> None:
         for action in wanted:
+            if self.steps_to_live is not None:
+                self.steps_to_live -= 1
+                if self.steps_to_live < 0:
+                    self.die("signal KILL, between two words")
+                    return
             match action:
                 case Send(process=process, message=message):
                     # A heartbeat socket is one of its own.

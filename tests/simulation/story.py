@@ -48,6 +48,12 @@ class Story:
         )
         decodes = [f"decode-{n}" for n in range(self.config.decode.num_ranks + random.choice((0, 1, 1)))]
         prefills = [f"prefill-{n}" for n in range(self.config.prefill.num_workers)]
+        # Where the agent may change their number, all that run are wanted: no standbys.
+        self._children_file: dict[str, int] = {}
+        if random.random() < 0.5:
+            decodes = decodes[: self.config.decode.num_ranks]
+            self._children_file = {"decode": len(decodes), "prefill": len(prefills)}
+            self.checker.sizes = {kind: {count} for kind, count in self._children_file.items()}
         routers = [f"router-{n}" for n in range(random.choice((1, 1, 2)))]
         self._names = ["monitor", *routers, *prefills, *decodes]
 
@@ -74,7 +80,7 @@ class Story:
         raise Bad(f"not settled {SETTLE_S:.0f} s after the last fault: {self.checker.unsettled()}")
 
     def _start_agent(self) -> None:
-        AgentNode(self.world, self._names, self.config, self._start_process).start()
+        AgentNode(self.world, self._names, self.config, self._start_process, self._children_file).start()
 
     def _on_death(self, node: Node, reason: str) -> None:
         """Somebody outside restarts an agent; everybody else is an agent's child. Clients go with their router."""
@@ -85,9 +91,12 @@ class Story:
 
     def _invite_clients(self) -> None:
         random = self.random
+        common = tuple(random.randrange(4, symbolic_model.VOCAB) for _ in range(12))  # many prompts begin alike
         for _ in range(random.randint(4, 9)):
             at_s = random.uniform(0.5, FAULTS_TO_S - 0.5)
             prompt = tuple(random.randrange(4, symbolic_model.VOCAB) for _ in range(random.randint(1, 12)))
+            if random.random() < 0.4:
+                prompt = (*common[: random.randint(3, 12)], *prompt)
             self.world.at(at_s, partial(self._submit, prompt, random.randint(1, 45)))
         if random.random() < 0.2:
             self.world.at(random.uniform(3.0, FAULTS_TO_S), self._leave)
@@ -131,13 +140,20 @@ def _config(random: Random) -> ClusterConfig:
         max_ranks=num_ranks + random.choice((1, 2)),
         max_batch=random.choice((2, 4, 8)),
         block_size=4,
-        num_kv_blocks=random.choice((20, 40)),
+        num_kv_blocks=random.choice((18, 20, 40)),
+        num_redundant_experts=random.choice((-1, -1, 0, 4)),
+        handoff_bytes=random.choice((1 << 30, 1 << 30, 400)),
         operation_deadline_s=2.0,
         idle_poll_s=0.2,
     )
     monitor = MonitorConfig(formation_s=4.0, prepare_timeout_s=20.0)
     agent = AgentConfig(give_up_after=1000)
-    prefill = PrefillConfig(2, random.choice((4, 16)), num_kv_blocks=40, prefix_cache_bytes=16 * 12)
+    prefill = PrefillConfig(
+        num_workers=random.choice((1, 2, 2)),
+        chunk_tokens=random.choice((4, 16)),
+        num_kv_blocks=random.choice((20, 40)),
+        prefix_cache_bytes=random.choice((0, 160, 1600)),  # 16 to a block
+    )
     config = ClusterConfig(decode=decode, monitor=monitor, agent=agent, prefill=prefill)
     return replace(config, router=RouterConfig(rebalance_difference=random.choice((1, 2))))
 

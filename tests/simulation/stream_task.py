@@ -27,7 +27,7 @@ class StreamTask:
         self._greenlet = greenlet(run)
         self._turn = 0  # numbers the waits, so that an old wake-up does not end a new wait
         self._awaits_memory = self._is_woken = False
-        self.is_hung = False
+        self.is_hung, self.slowness = False, 1.0
         self.steps_to_live: int | None = None
         self.steps_to_stop: tuple[int, float] | None = None
 
@@ -56,7 +56,7 @@ class StreamTask:
         if not self._is_woken:
             self._is_woken = True
             turn = self._turn
-            self._node.world.at(self._pace.wake_s(), lambda: self._continue(turn))
+            self._node.world.at(self._pace.wake_s() * self.slowness, lambda: self._continue(turn))
 
     def step(self) -> None:
         """Between two stores: here a process may die, be stopped, or lose the processor for a while."""

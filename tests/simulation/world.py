@@ -7,8 +7,10 @@ until some time; what happens to a stopped one waits for it. Messages are lost, 
 
 import heapq
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from common.ids import ProcessId, make_process_id
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 Frames = Sequence[memoryview]
 MONITOR = "monitor"  # the address of whoever is the monitor at that time
 _RETRY_S = 0.1
+_IN_PROCESS_S = 0.003  # what a process sent so shortly before its death may never have left it
 
 
 class Bad(AssertionError):
@@ -47,7 +50,7 @@ class Node:
     def __init__(self, world: "World", name: str, process: ProcessId | None = None) -> None:
         self.world, self.name = world, name
         self.process = process or make_process_id(name, world.random.getrandbits(64))
-        self.is_alive, self.stopped_until = True, 0.0
+        self.is_alive, self.died_at, self.stopped_until = True, 0.0, 0.0
         self.excuse = ""  # why this process may be put out of the group
         world.nodes[self.process] = self
 
@@ -81,10 +84,15 @@ class Node:
     def die(self, reason: str = "signal KILL") -> None:
         """Whatever it was doing."""
         if self.is_alive:
-            self.is_alive, self.excuse = False, self.excuse or "killed"
+            self.is_alive, self.died_at = False, self.world.now
+            self.excuse = self.excuse or "killed"
             self.world.tell(f"{self.process} dies: {reason}")
             self.on_death()
             self.world.on_death(self, reason)
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.die("exit 0")
 
     def on_death(self) -> None:
         """Let go of what only the simulation holds."""
@@ -106,6 +114,8 @@ class World:
         self.monitor: MonitorNode | None = None
         self.running: Node | None = None  # whose stream is running right now
         self.cuts: dict[tuple[str, str], float] = {}  # (source, target): until when
+        self.broken_paths: set[tuple[str, str]] = set()  # (writer, owner of the memory): nothing arrives any more
+        self.num_faults: Counter[str] = Counter()
         self.death_watchers: list[Callable[[Node, str], None]] = []
         self.lines: list[tuple[float, str]] = []
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
@@ -188,13 +198,15 @@ class World:
                 link = (source.process, target, lane)
                 arrival = max(arrival, self._arrivals.get(link, 0.0))
                 self._arrivals[link] = arrival
-            self.at_time(arrival, lambda: self._arrive(source, target, data, frames, lane))
+            self.at_time(arrival, partial(self._arrive, source, self.now, target, data, frames, lane))
 
-    def _arrive(self, source: Node, target: str, data: bytes, frames: Frames, lane: str) -> None:
+    def _arrive(self, source: Node, sent_at: float, target: str, data: bytes, frames: Frames, lane: str) -> None:
+        if not source.is_alive and source.died_at - sent_at < _IN_PROCESS_S and self.random.random() < 0.7:
+            return
         node = self.monitor if target == MONITOR else self.nodes.get(target)
         if node is None or not node.is_alive:
             if target == MONITOR and self.random.random() < 0.9:  # it waits in the socket for the next one
-                self.at(_RETRY_S, lambda: self._arrive(source, target, data, frames, lane))
+                self.at(_RETRY_S, lambda: self._arrive(source, sent_at, target, data, frames, lane))
             return
         peer = ProcessId(f"{source.process}#{lane}") if lane else source.process
         node.run(lambda: node.receive(peer, decode(data), frames))
