@@ -117,13 +117,14 @@ class Faults:
             self._world.at(seconds, lambda: setattr(node.task, "slowness", 1.0))
 
     def _break_path(self) -> None:
-        """What one rank writes no longer arrives in the memory of another, for as long as both live; or both ways."""
+        """What one rank writes no longer arrives in the memory of another until one of them has another heap; or both
+        ways."""
         one, other = self._pick_member(), self._pick_member()
         if one is None or other is None or one is other:
             return
         pairs = [(one, other), (other, one)][: self._random.choice((1, 2))]
         for writer, owner in pairs:
-            self._world.broken_paths.add((writer.process, owner.process))
+            self._world.broken_paths[writer.process, owner.process] = (writer.life, owner.life)
             self._world.tell(f"what {writer.process} writes no longer reaches {owner.process}")
         for node in (one, other):
             node.excuse = node.excuse or "on a broken path"

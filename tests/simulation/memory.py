@@ -49,6 +49,7 @@ class Memory:
             raise HeapError(f"heap {name} exists already")
         heap = torch.zeros(nbytes, dtype=torch.uint8)
         self.files[name] = heap
+        owner.life += 1
         self._owners[heap.data_ptr()] = (heap, owner)
         return heap
 
@@ -99,8 +100,9 @@ class _Writer:
 
     @property
     def reaches(self) -> bool:
-        """A path that has failed once stays so: connections of such networks end at their first lost write."""
-        return self.node.is_alive and (self.node.process, self._owner.process) not in self.node.world.broken_paths
+        """A path that has failed once stays so until the two are connected anew."""
+        node, owner = self.node, self._owner
+        return node.is_alive and node.world.broken_paths.get((node.process, owner.process)) != (node.life, owner.life)
 
     def notify(self) -> None:
         self._tasks[self._owner.process].notify(by_memory=True)

@@ -51,6 +51,7 @@ class Node:
         self.world, self.name = world, name
         self.process = process or make_process_id(name, world.random.getrandbits(64))
         self.is_alive, self.died_at, self.stopped_until = True, 0.0, 0.0
+        self.life = 0  # changes with the memory that others map
         self.excuse = ""  # why this process may be put out of the group
         world.nodes[self.process] = self
 
@@ -114,7 +115,7 @@ class World:
         self.monitor: MonitorNode | None = None
         self.running: Node | None = None  # whose stream is running right now
         self.cuts: dict[tuple[str, str], float] = {}  # (source, target): until when
-        self.broken_paths: set[tuple[str, str]] = set()  # (writer, owner of the memory): nothing arrives any more
+        self.broken_paths: dict[tuple[str, str], tuple[int, int]] = {}  # (writer, owner of the memory): their lives
         self.num_faults: Counter[str] = Counter()
         self.death_watchers: list[Callable[[Node, str], None]] = []
         self.lines: list[tuple[float, str]] = []
