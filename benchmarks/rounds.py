@@ -19,12 +19,12 @@ import torch
 from benchmarks.exchange import map_peers
 from benchmarks.load_generator import ROOT
 from benchmarks.provenance import provenance
-from common.config import DecodeConfig
+from common.config import DecodeConfig, ReplicaPolicy
 from common.messages import Sampling
 from common.model.checkpoint import Checkpoint
 from common.model.model import Batch, Model
 from common.model.token_choice import choose
-from common.placement import ReplicaChoice, ReplicaPolicy, initial_placement, num_local_experts
+from common.placement import ReplicaChoice, initial_placement, num_local_experts
 from kernels.reference import ElasticGroup
 from kernels.symmetric_memory.shm import ShmProvider
 from services.decode.elastic_exchange import ElasticExchange
@@ -52,6 +52,8 @@ def run_rank(
         weights,
         tags,
         checkpoint.expert_layout,
+        config.num_moe_layers,
+        num_local_experts(decode, config.n_routed_experts),
         lambda layer, expert, row: checkpoint.read_expert(config.first_k_dense_replace + layer, expert, row),
     )
     exchange = ElasticExchange(slots, config.first_k_dense_replace, config.num_moe_layers, config.n_routed_experts)

@@ -5,11 +5,31 @@ cluster can disagree about a size or a deadline. Only paths, addresses and ports
 """
 
 import tomllib
+from enum import StrEnum
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "models" / "abacus"
+
+PolicyName = Literal["keep", "balanced", "balance_only", "coverage_first"]
+
+
+class ReplicaPolicy(StrEnum):
+    """Which live copies of an expert the tokens of one rank go to.
+
+    LOCAL_FIRST: its own copy if it has one, else all by hash. HASH: all by hash. REMOTE_FIRST: all but its own by hash;
+    moves load away from a rank that is behind. STATIC: one copy, such that the ranks divide evenly over the copies.
+    GATHER: one copy, the same for all ranks, such that each rank serves about as many experts: the rows of an expert
+    come together, where a row block costs the same with one row as with all (`common.model.row_blocks`).
+    """
+
+    LOCAL_FIRST = "local_first"
+    HASH = "hash"
+    REMOTE_FIRST = "remote_first"
+    STATIC = "static"
+    GATHER = "gather"
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -56,6 +76,7 @@ class DecodeConfig(_Section, frozen=True):
     num_kv_blocks: int = 1024
     handoff_bytes: int = 1 << 30  # KV that has come from prefill workers for requests without blocks
     num_redundant_experts: int = -1  # -1: three copies of each, so that any two ranks may be lost
+    num_staging_experts: int = -1  # memory of a rank for experts on their way in; -1: as many as a layer's slots
     operation_deadline_s: float = 2.0  # of dispatch and combine
     idle_poll_s: float = 0.05
     lonely_s: float = 30.0  # neither monitor nor header round for this long: leave the slot
@@ -72,15 +93,28 @@ class MonitorConfig(_Section, frozen=True):
     roll_call_s: float = 2.0
     adopt_timeout_s: float = 5.0  # a member that does not report a published view by then is removed
     prepare_timeout_s: float = 60.0
+    empty_s: float = 20.0  # a rank that is drained or scaled away goes then, even with experts that only it holds
     formation_s: float = 20.0  # first view: wait this long for the desired size
     planner_wait_s: float = 2.0
 
 
 class PlannerConfig(_Section, frozen=True):
-    """``[planner]``"""
+    """``[planner]``; names as in vLLM where it has the setting."""
 
-    window_s: float = 60.0
+    policy: PolicyName = "balanced"  # see services/planner/policies.py
+    window_size: int = 1000  # forward passes whose loads count
+    step_interval: int = 3000  # forward passes between two decisions
+    use_async: bool = True  # copy experts in slices between rounds; False: at once, while the round waits
     log_balancedness: bool = True
+    max_moves: int = 64  # experts that one plan may load, over all layers
+    max_moves_per_layer: int = 16
+    least_gain: float = 0.05  # in balancedness, that a plan must promise
+    drift: float = 0.05  # or how far balancedness has fallen since the last plan
+    replica_policy: ReplicaPolicy = ReplicaPolicy.GATHER  # which copy of an expert a token goes to
+    bandwidth_bytes_per_s: float = 64e6  # that copying may take of each rank
+    stage_timeout_s: float = 300.0  # a migration that is not copied by then is abandoned
+    plan_deadline_s: float = 5.0  # a plan that takes longer is dropped
+    init_placement: str = ""  # file of a recorded placement or of recorded loads to start with
 
 
 class AgentConfig(_Section, frozen=True):
@@ -105,7 +139,12 @@ class ClusterConfig(_Section, frozen=True):
     agent: AgentConfig = AgentConfig()
 
 
-_LEAST = {"num_redundant_experts": -1, "rebalance_difference": 0, "prefix_cache_bytes": 0}  # others: 1
+_LEAST = {
+    "num_redundant_experts": -1,
+    "num_staging_experts": -1,
+    "rebalance_difference": 0,
+    "prefix_cache_bytes": 0,
+}  # others: 1
 
 
 def load_config(path: Path | None) -> ClusterConfig:
@@ -136,6 +175,8 @@ def validate(config: ClusterConfig) -> None:
         raise ValueError(
             f"heartbeat_s must be at most 0.5 and a quarter of heartbeat_timeout_s, got {monitor.heartbeat_s:g}"
         )
+    if decode.num_staging_experts == 0:
+        raise ValueError("decode.num_staging_experts must be at least 1, or -1 for as many as a layer's slots")
     if config.prefill.num_workers < 1:
         raise ValueError(f"prefill.num_workers must be at least 1, got {config.prefill.num_workers}")
     for section in msgspec.structs.asdict(config).values():

@@ -9,6 +9,7 @@ Who sends what:
     process -> monitor   Hello Heartbeat VoidReport RollAnswer SlotLeft AskView AskStatus SignalDone Exited
                          PlacementPlan
     monitor -> process   Welcome Refusal HeartbeatReply Prepare View RollCall Directory Status Signal SetChildren
+                         StagePlacement
     router  -> prefill   Prefill Abort AskPrefill          prefill -> router   PrefillDone PrefillQueued Refused
     router  -> decode    Announce Have Abort Release       decode  -> router   TokenBatch Unknown Refused
     prefill -> decode    KvPart KvHandoff (+ KV frames)    decode  -> decode   Wake View
@@ -153,6 +154,7 @@ class Heartbeat(_Message, frozen=True):
     placement_version: int = 0
     out_of: Epoch = Epoch(0)  # highest prepared epoch that this newcomer has given up
     counters: dict[str, int] = {}
+    staged_placement: int = 0  # version of the `StagePlacement` of which this rank has all its experts; 0 = none
 
 
 class HeartbeatReply(_Message, frozen=True):
@@ -176,6 +178,20 @@ class Prepare(_Message, frozen=True):
 
     view: View
     base_epoch: Epoch  # the epoch that it grows from; 0 at formation
+
+
+class StagePlacement(_Message, frozen=True):
+    """monitor -> members, repeated: copy the experts that this placement gives you, beside those in use.
+
+    It binds nobody, and any other epoch ends it. That it is sent at all says that every member has reported the
+    placement of ``base_epoch``: what only older placements need may be overwritten (PROTOCOL 8.3). When all have
+    reported it staged, it comes into force as a prepared view of the same members.
+    """
+
+    monitor: ProcessId
+    term: int
+    base_epoch: Epoch
+    placement: Placement
 
 
 class VoidReport(_Message, frozen=True):
@@ -466,6 +482,8 @@ class ExpertLoad(_Message, frozen=True):
     incarnation: Incarnation
     placement_version: int
     tokens: tuple[tuple[int, ...], ...]
+    num_passes: int = 0  # forward passes in which they were routed
+    compute_s: float = 0.0  # time that these passes took
 
 
 class PlacementPlan(_Message, frozen=True):
@@ -481,7 +499,7 @@ Message = (
     View | Directory | Hello | Welcome | Refusal | Heartbeat | HeartbeatReply | AskView | Prepare | VoidReport
     | RollCall | RollAnswer | SlotLeft | Signal | SignalDone | Exited | AskStatus | Status | Announce | Prefill
     | PrefillDone | AskPrefill | PrefillQueued | KvPart | KvHandoff | TokenBatch | Have | Unknown | Refused | Abort
-    | Release | Wake | ExpertLoad | PlacementPlan | SetChildren
+    | Release | Wake | ExpertLoad | PlacementPlan | SetChildren | StagePlacement
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

@@ -15,13 +15,12 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
-from common.config import DecodeConfig
+from common.config import DecodeConfig, ReplicaPolicy
 
 PhysicalToLogical = tuple[tuple[tuple[int, ...], ...], ...]
 IntArray = npt.NDArray[np.int64]
@@ -47,6 +46,14 @@ def num_local_experts(decode: DecodeConfig, num_logical_experts: int) -> int:
     else:
         num_physical = num_logical_experts + decode.num_redundant_experts
     return min(-(-num_physical // num_ranks), num_logical_experts)
+
+
+def num_staging_experts(decode: DecodeConfig, num_logical_experts: int) -> int:
+    """Experts, over all layers, that a rank can take in beside those in use: with as many as a layer has slots, any
+    plan can be carried out layer by layer."""
+    if decode.num_staging_experts > 0:
+        return decode.num_staging_experts
+    return num_local_experts(decode, num_logical_experts)
 
 
 def initial_placement(
@@ -200,22 +207,6 @@ def _with_moves(rows: tuple[tuple[int, ...], ...], moves: list[Move]) -> tuple[t
     for move in moves:
         changed[move.rank][move.local] = move.logical_expert
     return tuple(tuple(changed[rank]) if rank in changed else row for rank, row in enumerate(rows))
-
-
-class ReplicaPolicy(StrEnum):
-    """Which live copies of an expert the tokens of one rank go to.
-
-    LOCAL_FIRST: its own copy if it has one, else all by hash. HASH: all by hash. REMOTE_FIRST: all but its own by hash;
-    moves load away from a rank that is behind. STATIC: one copy, such that the ranks divide evenly over the copies.
-    GATHER: one copy, the same for all ranks, such that each rank serves about as many experts: the rows of an expert
-    come together, where a row block costs the same with one row as with all (`common.model.row_blocks`).
-    """
-
-    LOCAL_FIRST = "local_first"
-    HASH = "hash"
-    REMOTE_FIRST = "remote_first"
-    STATIC = "static"
-    GATHER = "gather"
 
 
 class ReplicaChoice:

@@ -42,6 +42,7 @@ COMPUTE = (
     "services/decode/expert_slots.py",
     "services/decode/rank_engine.py",
     "services/decode/rank_heap.py",
+    "services/decode/staging.py",
     "services/prefill/prefill_engine.py",
 )
 TORCH_FREE_SERVICES = ("router", "monitor", "planner", "agent", "cli")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from common.ids import Epoch, Incarnation, ProcessId, Rank
-from common.messages import Message, View
+from common.messages import Message, Placement, View
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,13 @@ class LoadExperts:
 
 
 @dataclass(frozen=True, slots=True)
+class StageExperts:
+    """Copy the experts of this placement beside those in use, in slices; the end is `NextPlacement.on_staged`."""
+
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
 class Announce:
     """Write the first header of the prepared view into every member's heap (PROTOCOL 4.1)."""
 
@@ -101,6 +108,7 @@ Action = (
     | PoisonMembers
     | MapHeaps
     | LoadExperts
+    | StageExperts
     | Announce
     | Adopt
     | WakeMembers

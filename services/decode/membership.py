@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from common.ids import NO_RANK, Epoch, Incarnation, ProcessId, Rank
-from common.messages import RollAnswer, SlotLeft, View, VoidReport
+from common.messages import RollAnswer, SlotLeft, StagePlacement, View, VoidReport
 from common.state_machine import StateMachine, transition_table
 from common.view import member_of, newcomers, ranks
 from services.decode.actions import (
@@ -32,8 +32,10 @@ from services.decode.actions import (
     OpenSlot,
     PoisonMembers,
     SayHello,
+    StageExperts,
     Tell,
 )
+from services.decode.next_placement import NextPlacement
 
 RETRY_S = 0.02  # a heap that could not be mapped is tried again
 # A gap this long between two looks at the clock means that this process stood still itself, and so has judged nobody.
@@ -61,7 +63,8 @@ _MOVES = transition_table(
 
 @dataclass(slots=True)
 class _Preparation:
-    """A view that comes next if all get ready. ``ready``: a member has seen every newcomer's first header."""
+    """A view that comes next if all get ready. ``ready``: a member has seen every newcomer's first header, and, where
+    there is none, holds the experts of its placement."""
 
     view: View
     base_epoch: Epoch
@@ -85,6 +88,7 @@ class Membership:
         self.num_stale = 0
         self._next: View | None = None
         self._preparation: _Preparation | None = None
+        self.next_placement = NextPlacement()
         # Slots given back are never taken again, whatever older words say: a process that was stopped may find the
         # Prepare of a slot behind the view that took it away, and by then another writes as that slot.
         self._last_incarnation = Incarnation(0)
@@ -117,9 +121,11 @@ class Membership:
 
     @property
     def awaited_headers(self) -> tuple[Epoch, tuple[Rank, ...]] | None:
-        """Whose first header of which epoch must be seen before `on_first_headers`."""
+        """Whose first header of which epoch must be seen before `on_first_headers`; None also while experts lack."""
         preparation = self._preparation
         if preparation is None or not preparation.mapped or preparation.ready:
+            return None
+        if self._is_migration(preparation.view) and self.next_placement.is_pending:
             return None
         if self.state is RankState.JOINING:
             return preparation.view.epoch, ranks(preparation.view)
@@ -199,7 +205,18 @@ class Membership:
         self._drop_preparation()
         self._preparation = _Preparation(view, base_epoch)
         self._retry_at = now + RETRY_S
+        if self._is_migration(view) and self.next_placement.want(view.placement):
+            actions.append(StageExperts(view.placement))
         return [*actions, MapHeaps(view)]
+
+    def on_stage(self, message: StagePlacement) -> list[Action]:
+        """Binds nobody, but a prepared view does: what that needs must stay."""
+        self.on_term(message.term)
+        if self.state is not RankState.SERVING or self._preparation is not None or self.view is None:
+            return []
+        if not self.next_placement.on_stage(message, self.view):
+            return []
+        return [StageExperts(message.placement)]
 
     def on_view(self, view: View, now: float) -> list[Action]:
         self.on_term(view.term)
@@ -315,6 +332,10 @@ class Membership:
         self._machine.move(RankState.STOPPED, now, "stop")
         return actions
 
+    def _is_migration(self, view: View) -> bool:
+        """A prepared view in which nothing but the placement is new."""
+        return self.is_member and self.view is not None and not newcomers(view, self.view)
+
     def _holds_me(self, view: View) -> bool:
         me = member_of(view, self._process)
         return me is not None and (me.rank, me.incarnation) == (self.rank, self.incarnation)
@@ -334,6 +355,7 @@ class Membership:
             self._machine.move(RankState.SERVING, now, f"epoch {view.epoch}")
         # A view that was formed grows from no epoch: roll calls of a group before it are none of its business.
         self.view, self.base_epoch = view, base_epoch or view.epoch
+        self.next_placement.forget()
         self._last_sign = now
         # In band too: a join may repair orphans into slots of old members. Not earlier: until the round has ended, the
         # others may send rows for what a slot held before.
@@ -351,6 +373,7 @@ class Membership:
         self._machine.move(RankState.JOINING, now, "formation begins anew")
         self.out_of = max(self.out_of, self.epoch)
         self.view, self.base_epoch = None, Epoch(0)
+        self.next_placement.forget()
         return [PoisonMembers()]
 
     def _leave(self, now: float, cause: str, epoch: Epoch) -> list[Action]:
@@ -359,4 +382,5 @@ class Membership:
         self.rank, self.incarnation = NO_RANK, Incarnation(0)
         self.view, self.base_epoch, self.out_of = None, Epoch(0), Epoch(0)
         self._next, self._preparation = None, None
+        self.next_placement.forget()
         return [CloseSlot(was_member=True), Tell(left), SayHello()]

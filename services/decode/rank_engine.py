@@ -15,13 +15,13 @@ import torch
 
 from common.config import ClusterConfig
 from common.ids import ProcessId, Rank
-from common.messages import View
+from common.messages import Placement, View
 from common.model.checkpoint import Checkpoint
 from common.model.experts import VoidRound
 from common.model.kv_cache import write_kv
 from common.model.model import Batch, Model
 from common.model.token_choice import choose, prompt_logprobs
-from common.placement import ReplicaChoice, ReplicaPolicy
+from common.placement import ReplicaChoice, num_local_experts
 from common.view import digest, orphans, ranks
 from kernels.epoch_state import CLEAN
 from kernels.reference import ElasticGroup
@@ -32,13 +32,14 @@ from services.decode.expert_slots import ExpertSlots
 from services.decode.rank_heap import PeerHeaps, heap_name, rank_heap_layout
 from services.decode.request import Admission, Computed, RequestLimits, Step
 from services.decode.round_header import NEWCOMER_HEADER, RoundHeader
+from services.decode.staging import CopyPace, Staging
 
 
 class RankEngine:
     """Raises ValueError of one line for a checkpoint that cannot be used and a heap that cannot be made."""
 
     def __init__(self, config: ClusterConfig, heap_dir: Path, process: ProcessId) -> None:
-        self._decode, self._process = config.decode, process
+        self._decode, self._planner, self._process = config.decode, config.planner, process
         self._checkpoint = Checkpoint.open(config.model.path)
         self._layout = rank_heap_layout(self._checkpoint, config.decode)
         self._provider = ShmProvider(heap_dir)
@@ -48,6 +49,7 @@ class RankEngine:
         self._model: Model | None = None
         self._exchange: ElasticExchange | None = None
         self._slots: ExpertSlots | None = None
+        self._staging: Staging | None = None
         self.group: ElasticGroup | None = None
         self.has_orphans = False
 
@@ -80,6 +82,8 @@ class RankEngine:
             region["expert_weights"],
             region["expert_tags"],
             self._checkpoint.expert_layout,
+            model.num_moe_layers,
+            num_local_experts(self._decode, model.n_routed_experts),
             lambda layer, expert, row: self._checkpoint.read_expert(first_layer + layer, expert, row),
         )
         self._exchange = ElasticExchange(self._slots, first_layer, model.num_moe_layers, model.n_routed_experts)
@@ -91,7 +95,7 @@ class RankEngine:
         """Leaves the group if it is in one, and lets the memory go. No error when there is no life."""
         if self.group is not None:
             self.group.leave()
-        self.group = self._model = self._exchange = self._slots = None
+        self.group = self._model = self._exchange = self._slots = self._staging = None
         self._peers.close()
         if self._heap is not None:
             self._heap.close()
@@ -102,10 +106,13 @@ class RankEngine:
         assert self._heap is not None, "no life begun"
         self.close_slot()
         self.group = ElasticGroup(self._layout, self._heap, rank, deadline_s=self._decode.operation_deadline_s)
+        assert self._slots is not None
+        pace = CopyPace(self._planner.bandwidth_bytes_per_s) if self._planner.use_async else None
+        self._staging = Staging(self._slots, self._peers.expert_rows, rank, pace)
 
     def close_slot(self) -> None:
         """Forgets a slot in which this rank was never let into the group."""
-        self.group = None
+        self.group = self._staging = None
         self._peers.close()
 
     def map_heaps(self, view: View) -> bool:
@@ -134,10 +141,28 @@ class RankEngine:
 
     def load_experts(self, view: View) -> int:
         """The number of experts that had to be loaded."""
-        assert self._slots is not None
-        rows = view.placement.physical_to_logical
+        assert self._slots is not None and self._staging is not None
+        self._staging.drop()  # its next slice would write over what is loaded now
+        return self._slots.adopt(self._own_slots(view.placement), view.placement.version)
+
+    def stage(self, placement: Placement) -> None:
+        """From now on `copy_experts` copies what this rank lacks of ``placement``."""
+        assert self._staging is not None
+        self._staging.stage(self._own_slots(placement), placement.version)
+
+    def copy_experts(self, now: float) -> bool:
+        """One slice; whether all is here."""
+        assert self._staging is not None
+        return self._staging.copy(now)
+
+    def staging_counters(self) -> dict[str, int]:
+        """From any thread; begins anew with each slot."""
+        staging = self._staging
+        return staging.counters() if staging else {}
+
+    def _own_slots(self, placement: Placement) -> list[tuple[int, ...]]:
         rank = self._open_group().rank
-        return self._slots.adopt([layer_rows[rank] for layer_rows in rows], view.placement.version)
+        return [layer_rows[rank] for layer_rows in placement.physical_to_logical]
 
     def announce(self, view: View) -> None:
         self._open_group().announce_header(view.epoch, ranks(view), NEWCOMER_HEADER.words(), digest(view))
@@ -149,7 +174,8 @@ class RankEngine:
         group, num_experts = self._open_group(), self._checkpoint.config.n_routed_experts
         assert self._exchange is not None
         members, placement = ranks(view), view.placement
-        choice = ReplicaChoice(placement.physical_to_logical, members, num_experts, group.rank, ReplicaPolicy.GATHER)
+        rows, policy = placement.physical_to_logical, self._planner.replica_policy
+        choice = ReplicaChoice(rows, members, num_experts, group.rank, policy)
         group.adopt(view.epoch, members, digest(view), in_band=in_band)
         self._exchange.enter(group, choice)
         self.has_orphans = bool(orphans(placement, members, num_experts))

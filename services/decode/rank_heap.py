@@ -13,10 +13,10 @@ from common.ids import Incarnation, ProcessId, Rank
 from common.messages import Member
 from common.model.checkpoint import Checkpoint
 from common.model.kv_cache import kv_cache_shape
-from common.placement import num_local_experts
+from common.placement import num_local_experts, num_staging_experts
 from kernels.heap_layout import EpShape, HeapLayout
 from kernels.symmetric_memory.base import HeapError, HeapProvider, PeerHeap
-from services.decode.expert_slots import NUM_TAG_WORDS
+from services.decode.expert_slots import NUM_TAG_WORDS, ExpertRows
 from services.decode.round_header import NUM_HEADER_WORDS
 
 
@@ -27,8 +27,8 @@ def heap_name(process: ProcessId, life: int) -> str:
 def rank_heap_layout(checkpoint: Checkpoint, decode: DecodeConfig) -> HeapLayout:
     """The layout that follows from model and configuration, hence the same in every rank."""
     model = checkpoint.config
-    num_local = num_local_experts(decode, model.n_routed_experts)
-    slots = (model.num_moe_layers, num_local)
+    num_slots = model.num_moe_layers * num_local_experts(decode, model.n_routed_experts)
+    num_rows = num_slots + num_staging_experts(decode, model.n_routed_experts)
     return HeapLayout.build(
         EpShape(
             max_ranks=decode.max_ranks,
@@ -38,8 +38,8 @@ def rank_heap_layout(checkpoint: Checkpoint, decode: DecodeConfig) -> HeapLayout
             num_header_words=NUM_HEADER_WORDS,
         ),
         {
-            "expert_weights": ((*slots, checkpoint.expert_layout.row_size), torch.float32),
-            "expert_tags": ((*slots, NUM_TAG_WORDS), torch.int64),
+            "expert_weights": ((num_rows, checkpoint.expert_layout.row_size), torch.float32),
+            "expert_tags": ((num_rows, NUM_TAG_WORDS), torch.int64),
             "kv_cache": (kv_cache_shape(model, decode.num_kv_blocks, decode.block_size), torch.float32),
         },
     )
@@ -74,6 +74,14 @@ class PeerHeaps:
 
     def ranks(self) -> tuple[Rank, ...]:
         return tuple(self._mapped)
+
+    def expert_rows(self) -> dict[int, ExpertRows]:
+        """Expert memory by rank: to be read only."""
+        layout = self._layout
+        return {
+            rank: ExpertRows(layout.view(heap.bytes_U8, "expert_weights"), layout.view(heap.bytes_U8, "expert_tags"))
+            for rank, (_, heap) in self._mapped.items()
+        }
 
     def close(self) -> None:
         for rank in self.ranks():

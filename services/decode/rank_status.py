@@ -17,6 +17,7 @@ class RankStatus:
     view: View | None = None
     out_of: int = 0
     life: int = 0
+    staged_placement: int = 0
 
     @classmethod
     def of(cls, membership: Membership, life: int) -> "RankStatus":
@@ -27,6 +28,7 @@ class RankStatus:
             membership.view,
             membership.out_of,
             life,
+            membership.next_placement.staged_version,
         )
 
     def heartbeat(
@@ -44,6 +46,7 @@ class RankStatus:
             placement_version=self.view.placement.version if self.view else 0,
             out_of=Epoch(self.out_of),
             counters=counters,
+            staged_placement=self.staged_placement,
         )
 
     def hello(self, process: ProcessId, name: str, host: str, pid: int, endpoint: str, agent: str, heap: str) -> Hello:

@@ -9,22 +9,21 @@ from dataclasses import dataclass
 
 from common.ids import Epoch
 
-NUM_HEADER_WORDS = 4
+NUM_HEADER_WORDS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class RoundHeader:
     num_tokens: int = 0
     idle: bool = True  # neither work nor a prepared view: this rank may rest
-    staged_epoch: int = 0  # prepared view that this rank is ready for; binding for this round
-    staged_placement: int = 0  # version that this rank has loaded; 0 = none
+    staged_epoch: int = 0  # prepared view that this rank is ready for, experts included; binding for this round
 
     def words(self) -> tuple[int, ...]:
-        return (self.num_tokens, int(self.idle), self.staged_epoch, self.staged_placement)
+        return (self.num_tokens, int(self.idle), self.staged_epoch)
 
     @classmethod
     def from_words(cls, words: Sequence[int]) -> "RoundHeader":
-        return cls(words[0], bool(words[1]), words[2], words[3])
+        return cls(words[0], bool(words[1]), words[2])
 
 
 # The first header of a newcomer is written before anybody lets it in, so it must not depend on anything.

@@ -25,6 +25,7 @@ from common.messages import (
     Prepare,
     Release,
     RollCall,
+    StagePlacement,
     View,
     Wake,
     Welcome,
@@ -129,7 +130,7 @@ class DecodeService:
 
     def _on_monitor_message(self, message: Message) -> None:
         """Already checked: of the monitor that this process obeys."""
-        if isinstance(message, Welcome | Prepare | View | RollCall):
+        if isinstance(message, Welcome | Prepare | View | RollCall | StagePlacement):
             self._stream.deliver(self._process, message)
 
     def _hello(self) -> Hello:

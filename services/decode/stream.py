@@ -25,6 +25,7 @@ from common.messages import (
     Message,
     Prepare,
     RollCall,
+    StagePlacement,
     Unknown,
     View,
     Wake,
@@ -46,6 +47,7 @@ BARE_ROUND_S = 0.002  # between rounds without tokens while a view is prepared
 LOAD_S = 1.0
 _STANDBY_S = 0.05
 _JOINING_S = 0.002
+_COPY_S = 0.002  # between slices of experts while there are no rounds
 _MAX_WAITING = 64
 
 log = logging.getLogger("regrow.decode")
@@ -117,6 +119,7 @@ class Stream:
         self._rest_until = self._load_at = 0.0
         self._all_idle = False  # after the last round; the others rest and want to be woken
         self.num_rounds = self.num_void_rounds = self._num_headers = 0
+        self._num_passes, self._compute_s = 0, 0.0  # since the last report of loads
         self.status = RankStatus()
 
     def start(self) -> None:
@@ -191,6 +194,7 @@ class Stream:
             return
         self._note_monitor(now)
         self._perform(self._membership.on_tick(now))
+        self._copy_experts(now)
         self._look_for_first_headers()
         self._care_for_requests(now)
         self._update_status()
@@ -212,6 +216,8 @@ class Stream:
                 self._perform(membership.on_welcome(rank, incarnation, message.view, now, masked))
             case Prepare() if self._engine:
                 self._perform(membership.on_prepare(message.view, message.base_epoch, now))
+            case StagePlacement():
+                self._perform(membership.on_stage(message))
             case View():
                 self._perform(membership.on_view(message, now))
             case RollCall():
@@ -271,6 +277,8 @@ class Stream:
             case actions.LoadExperts(view=view):
                 if num_loads := engine.load_experts(view):
                     log.info("epoch %d: %d experts loaded", view.epoch, num_loads)
+            case actions.StageExperts(placement=placement):
+                engine.stage(placement)
             case actions.Announce(view=view):
                 engine.announce(view)
                 self._announced = view.epoch
@@ -282,6 +290,12 @@ class Stream:
             case _:
                 self._update_status()
                 self._emit([action])
+
+    def _copy_experts(self, now: float) -> None:
+        """For the placement that may come next: a slice now, in front of a round, or while there is nothing to do."""
+        following = self._membership.next_placement
+        if following.is_pending and self._engine and self._engine.copy_experts(now):
+            following.on_staged()
 
     def _look_for_first_headers(self) -> None:
         awaited = self._membership.awaited_headers
@@ -298,8 +312,9 @@ class Stream:
         if now >= self._load_at and self._membership.view and (load := self._engine.take_load()):
             self._load_at = now + LOAD_S
             membership = self._membership
-            version = self._membership.view.placement.version
-            self._emit([ExpertLoad(membership.rank, membership.incarnation, version, load)])
+            version, passes, seconds = self._membership.view.placement.version, self._num_passes, self._compute_s
+            self._num_passes, self._compute_s = 0, 0.0
+            self._emit([ExpertLoad(membership.rank, membership.incarnation, version, load, passes, seconds)])
 
     def _serve(self) -> None:
         """One round, or a part of the rest before it."""
@@ -308,7 +323,8 @@ class Stream:
         running = self._scheduler.num_running > 0 and not self._engine.has_orphans
         has_work = running or (self._all_idle and membership.is_staging)
         if now < self._rest_until and not has_work and not self._woken and not self._engine.group.headers_waiting():
-            self._inbox.wait(self._rest_until - now)
+            rest_s = self._rest_until - now
+            self._inbox.wait(min(rest_s, _COPY_S) if membership.next_placement.is_pending else rest_s)
             return
         if self._all_idle and has_work and membership.view:
             others = tuple(m.endpoint for m in membership.view.members if m.process != self._process)
@@ -325,7 +341,10 @@ class Stream:
         outputs: list[Computed] | None = None
         if plan:
             self._num_headers += 1
+            begun = self._clock()
             outputs = engine.compute(steps) if plan.num_tokens else []
+            self._num_passes += plan.num_tokens > 0
+            self._compute_s += self._clock() - begun
         now = self._clock()
         if plan is None or outputs is None:
             self.num_void_rounds += 1
@@ -395,4 +414,5 @@ class Stream:
             "prompt_tokens_computed": delivery.num_prompt_tokens,
             "tokens_committed": delivery.num_committed,
             "stale_messages": delivery.num_stale + self._membership.num_stale,
+            **(self._engine.staging_counters() if self._engine else {}),
         }

@@ -2,9 +2,9 @@
 
 from common.config import DecodeConfig
 from common.ids import Epoch, Rank
-from common.messages import Placement, PlacementPlan
-from common.placement import EMPTY, initial_placement, num_local_experts, repair
-from common.view import orphans
+from common.messages import Placement, PlacementPlan, View
+from common.placement import EMPTY, PhysicalToLogical, initial_placement, num_local_experts, repair
+from common.view import orphans, ranks
 
 
 class ExpertMap:
@@ -20,28 +20,39 @@ class ExpertMap:
         """Fewer have no room for one copy of each expert."""
         return -(-self.num_logical_experts // self._num_local)
 
-    def on_plan(self, plan: PlacementPlan) -> str:
+    def on_first_plan(self, plan: PlacementPlan) -> str:
         """Keeps a plan for the formation; otherwise returns why not."""
-        if plan.base_version != 0:
-            return "only plans for the first placement (base_version 0) are carried out"
-        if fault := self._fault_of(plan):
-            return f"placement plan refused: {fault}"
-        self.plan = plan
-        return ""
+        members = tuple(Rank(rank) for rank in range(self._decode.num_ranks))
+        fault = self._fault_of(plan.physical_to_logical)
+        missing = [] if fault else self._orphans(plan.physical_to_logical, members)
+        if missing:
+            fault = f"no copy of (layer, expert) {missing[0]} on ranks 0..{len(members) - 1}"
+        self.plan = self.plan if fault else plan
+        return fault
 
-    def _fault_of(self, plan: PlacementPlan) -> str:
-        if not self.has_shape_of(plan.physical_to_logical):
+    def fault_of(self, wished: PhysicalToLogical, view: View) -> str:
+        """Why the members of ``view`` cannot go over to this placement; empty if they can."""
+        if fault := self._fault_of(wished):
+            return fault
+        lost = set(self._orphans(wished, ranks(view))) - set(
+            self._orphans(view.placement.physical_to_logical, ranks(view))
+        )
+        return f"no copy of (layer, expert) {min(lost)} on any member" if lost else ""
+
+    def _orphans(self, physical_to_logical: PhysicalToLogical, members: tuple[Rank, ...]) -> list[tuple[int, int]]:
+        return orphans(Placement(0, physical_to_logical), members, self.num_logical_experts)
+
+    def _fault_of(self, physical_to_logical: PhysicalToLogical) -> str:
+        if not self.has_shape_of(physical_to_logical):
             return f"need {self._num_layers} layers of {self._decode.max_ranks} ranks of {self._num_local} expert slots"
-        for layer, rows in enumerate(plan.physical_to_logical):
+        for layer, rows in enumerate(physical_to_logical):
             for rank, row in enumerate(rows):
                 held = [expert for expert in row if expert != EMPTY]
                 if len(set(held)) != len(held) or not all(0 <= expert < self.num_logical_experts for expert in held):
                     return f"layer {layer} rank {rank} holds {list(row)}"
-        members = tuple(Rank(rank) for rank in range(self._decode.num_ranks))
-        missing = orphans(Placement(0, plan.physical_to_logical), members, self.num_logical_experts)
-        return f"no copy of (layer, expert) {missing[0]} on ranks 0..{len(members) - 1}" if missing else ""
+        return ""
 
-    def has_shape_of(self, physical_to_logical: tuple[tuple[tuple[int, ...], ...], ...]) -> bool:
+    def has_shape_of(self, physical_to_logical: PhysicalToLogical) -> bool:
         return len(physical_to_logical) == self._num_layers and all(
             len(rows) == self._decode.max_ranks and all(len(row) == self._num_local for row in rows)
             for rows in physical_to_logical

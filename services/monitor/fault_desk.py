@@ -74,8 +74,10 @@ class FaultDesk:
         self._pending[fault.id] = pending
         self._acknowledge(pending, "accepted", "", now)
         match fault.action:
-            case "mask" | "drain":
-                self._membership.mask(Rank(fault.rank), f"{fault.action}, event {fault.id}", now)
+            case "mask":
+                self._membership.mask(Rank(fault.rank), f"mask, event {fault.id}", now)
+            case "drain":
+                self._membership.drain(Rank(fault.rank), f"drain, event {fault.id}", now)
             case "unmask" | "undrain":
                 self._membership.unmask(Rank(fault.rank), now)
             case "scale":
@@ -155,7 +157,9 @@ class FaultDesk:
                 raise self._refusal(fault, f"rank {fault.rank} is the only one that serves")
             if fault.action == "drain" and len(others) < self._group.experts.min_ranks:
                 raise self._refusal(fault, f"the other {len(others)} ranks have no room for all experts")
-        return _Pending(fault, slot.process, slot.last_pid, now, 2 * self._config.monitor.adopt_timeout_s)
+        monitor = self._config.monitor
+        deadline_s = 2 * monitor.adopt_timeout_s + (monitor.empty_s if fault.action == "drain" else 0.0)
+        return _Pending(fault, slot.process, slot.last_pid, now, deadline_s)
 
     def _accept_unmask(self, fault: Fault, now: float) -> _Pending:
         slot = self._slot(fault)

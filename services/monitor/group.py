@@ -62,8 +62,7 @@ class Group:
 
     def publish(self, members: Iterable[Member], reason: str, now: float, **evidence: object) -> View:
         """Puts the view of ``members`` in the place of the current one, and of a prepared one."""
-        epoch = self._counter.take()
-        view = self._make_view(epoch, tuple(members), reason)
+        view = self._make_view(self._counter.take(), tuple(members), reason)
         self.current, self.prepared, self.published_at = view, None, now
         self.placement = view.placement
         self.is_adopted = not view.members
@@ -72,15 +71,18 @@ class Group:
         self._record(view, now, **evidence)
         return view
 
-    def prepare(self, joiners: Iterable[Member], now: float) -> PreparedView:
+    def prepare(self, joiners: Iterable[Member], now: float) -> None:
         """Starts the join of ``joiners``, or the formation of the group where it has no members."""
         members = tuple(sorted((*self.members, *joiners), key=lambda member: member.rank))
         base = self.current if self.members else None
         reason = "joined" if base else "formed"
         view = self._make_view(self._counter.take(), members, reason)
-        self.prepared = PreparedView(view, base, now, now)
-        self._send_prepare(self.prepared)
-        return self.prepared
+        self._prepare(view, base, now)
+
+    def prepare_placement(self, placement: Placement, now: float) -> None:
+        """The same members under another placement, whose experts they all hold."""
+        view = self._make_view(self._counter.take(), self.members, "experts moved", placement)
+        self._prepare(view, self.current, now)
 
     def on_report(self, process: ProcessId, now: float) -> View | None:
         """A heartbeat has come. Returns the prepared view when this puts it in force."""
@@ -138,12 +140,18 @@ class Group:
         for member in self.members:
             self._outbox.send(member.process, message)
 
+    def _prepare(self, view: View, base: View | None, now: float) -> None:
+        self.prepared = PreparedView(view, base, now, now)
+        self._send_prepare(self.prepared)
+
     def _send_prepare(self, prepared: PreparedView) -> None:
         for process in prepared.waiting:
             self._outbox.send(process, prepared.message)
 
-    def _make_view(self, epoch: Epoch, members: tuple[Member, ...], reason: str) -> View:
-        placement = self.placement or self.experts.first(epoch)
+    def _make_view(
+        self, epoch: Epoch, members: tuple[Member, ...], reason: str, placement: Placement | None = None
+    ) -> View:
+        placement = placement or self.placement or self.experts.first(epoch)
         present = tuple(member.rank for member in members)
         repaired, _, _ = self.experts.repaired(placement, present, epoch)
         return View(self._monitor, self._counter.term, epoch, members, repaired, reason)

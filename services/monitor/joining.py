@@ -144,7 +144,9 @@ class Joining:
 
     def _end_late_join(self, now: float) -> None:
         prepared = self._group.prepared
-        if prepared is None or self._clock.elapsed(prepared.started_at, now) <= self._config.monitor.prepare_timeout_s:
+        if prepared is None or not prepared.newcomers:  # a migration looks after its own
+            return
+        if self._clock.elapsed(prepared.started_at, now) <= self._config.monitor.prepare_timeout_s:
             return
         waiting = set(prepared.waiting)
         if prepared.base is not None:
@@ -233,13 +235,15 @@ class Joining:
         if not complete and self._clock.elapsed(self._forming_since, now) <= self._config.monitor.formation_s:
             return False
         self._complete_since = now if self._complete_since is None else self._complete_since
+        is_recorded = bool(self._config.planner.init_placement)  # the planner reads it, and was asked for
         awaits_plan = (
             self._group.placement is None
             and self._group.experts.plan is None
-            and any(self._table.is_live(planner, now) for planner in self._table.of_kind("planner"))
+            and (is_recorded or any(self._table.is_live(p, now) for p in self._table.of_kind("planner")))
         )
         waited_s = self._clock.elapsed(self._complete_since, now)
-        return not awaits_plan or waited_s > self._config.monitor.planner_wait_s
+        patience_s = self._config.monitor.formation_s if is_recorded else self._config.monitor.planner_wait_s
+        return not awaits_plan or waited_s > patience_s
 
     def _members(self, processes: list[ProcessId]) -> list[Member]:
         members = []

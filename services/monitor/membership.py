@@ -18,13 +18,14 @@ Invariants:
 If you change a rule here, change PROTOCOL's counterpart in docs and the simulation in tests/unit/monitor.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from common.config import ClusterConfig
 from common.ids import Epoch, Incarnation, ProcessId, Rank
 from common.messages import Heartbeat, Member, RollAnswer, RollCall, SlotLeft, View, VoidReport
 from services.monitor.actions import Outbox
+from services.monitor.emptying import Emptying
 from services.monitor.failure_detector import FailureDetector, Suspect
 from services.monitor.fences import Fences
 from services.monitor.group import Group
@@ -64,6 +65,7 @@ class Membership:
         group: Group,
         joining: Joining,
         sizing: Sizing,
+        emptying: Emptying,
         fences: Fences,
         lifelines: Lifelines,
         detector: FailureDetector,
@@ -72,6 +74,7 @@ class Membership:
     ) -> None:
         self._monitor, self._config = monitor, config
         self._table, self._slots, self._group, self._joining, self._sizing = table, slots, group, joining, sizing
+        self._emptying = emptying
         self._fences, self._lifelines, self._detector = fences, lifelines, detector
         self._outbox, self._clock = outbox, clock
         self._broken_paths = BrokenPaths()
@@ -295,7 +298,18 @@ class Membership:
     # Commands.
 
     def shrink(self, now: float) -> None:
-        """Puts out who is too many, in one view. What is masked has left already and only gives its number back."""
+        """Puts out who is too many, or drained, in one view, once others hold their experts. What is masked has left
+        already and only gives its number back."""
+        leaving: list[Removal] = []
+        outside: list[Removal] = []
+        for removal in [*self._surplus(now), *self._drained(now)]:
+            (leaving if self._group.member(removal.process) else outside).append(removal)
+        undone = self._emptying.advance([removal.process for removal in leaving], now)
+        if undone is not None:
+            outside += [replace(removal, evidence=removal.evidence + undone) for removal in leaving]
+        self.remove(outside, now)
+
+    def _surplus(self, now: float) -> list[Removal]:
         released = []
         for slot in self._sizing.surplus():
             if slot.state is SlotState.HELD:
@@ -303,11 +317,27 @@ class Membership:
                 released.append(Removal(slot.process, evidence, now, Fate.RELEASE))
             elif slot.left:
                 self._slots.free(slot, now, "scaled down while masked")
-        self.remove(released, now)
+        return released
+
+    def _drained(self, now: float) -> list[Removal]:
+        removals = []
+        for process, cause in list(self._emptying.drained.items()):
+            slot = self._slots.of_process(process)
+            if slot is not None and slot.state is SlotState.HELD:
+                removals.append(Removal(process, cause, now, Fate.MASK))
+            else:
+                del self._emptying.drained[process]  # out already, this way or another
+        return removals
+
+    def drain(self, rank: Rank, cause: str, now: float) -> None:
+        """Out of the group as when masked, but emptied of experts first."""
+        self._emptying.drained[self._slots.slots[rank].process] = cause
+        self.shrink(now)
 
     def mask(self, rank: Rank, cause: str, now: float) -> None:
         slot = self._slots.slots[rank]
         self.remove([Removal(slot.process, cause, now, Fate.MASK)], now)
 
     def unmask(self, rank: Rank, now: float) -> None:
+        self._emptying.drained.pop(self._slots.slots[rank].process, None)
         self._joining.unmask(self._slots.slots[rank], now)

@@ -28,6 +28,7 @@ from common.messages import (
 from services.monitor.actions import Action, Outbox
 from services.monitor.cluster_status import ClusterStatus
 from services.monitor.directory import DirectoryKeeper
+from services.monitor.emptying import Emptying
 from services.monitor.event_log import EventLog
 from services.monitor.expert_load import LoadWindow
 from services.monitor.expert_map import ExpertMap
@@ -38,6 +39,7 @@ from services.monitor.group import Group
 from services.monitor.joining import Joining
 from services.monitor.lifelines import Lifelines
 from services.monitor.membership import Membership
+from services.monitor.migration import Migration
 from services.monitor.processes import Process, ProcessTable, has_moved_on
 from services.monitor.recovery import recover
 from services.monitor.sizing import Sizing
@@ -82,8 +84,10 @@ class Monitor:
             config, self.counter, self.table, self.slots, self.group, self.sizing,
             self.fences, self._outbox, self._clock,
         )  # fmt: skip
+        self.migration = Migration(self.id, config, self.counter, self.table, self.group, self._outbox, self._clock)
+        emptying = Emptying(settings, self.group, self.migration, self._clock)
         self.membership = Membership(
-            self.id, config, self.table, self.slots, self.group, self.joining, self.sizing,
+            self.id, config, self.table, self.slots, self.group, self.joining, self.sizing, emptying,
             self.fences, self._lifelines, detector, self._outbox, self._clock,
         )  # fmt: skip
         self._faults = FaultDesk(
@@ -123,8 +127,8 @@ class Monitor:
             case SignalDone():
                 self._on_signal_done(message, now)
             case PlacementPlan():
-                if reason := self.group.experts.on_plan(message):
-                    self._outbox.send(peer, Refusal(reason))
+                if reason := self._on_plan(message, now):
+                    self._outbox.send(peer, Refusal(f"placement plan refused: {reason}"))
             case VoidReport() | RollAnswer() | SlotLeft() if self.phase is Phase.ACTIVE:
                 self._on_word_of_rank(message, now)
             case SlotLeft():
@@ -169,6 +173,8 @@ class Monitor:
             for process in self.table.lost_for_good(now):
                 self._on_gone(process, "lifeline closed, and no agent knows it", now)
             self.membership.on_tick(now)
+            if overdue := self.migration.on_tick(now):
+                self.membership.publish_same_members(overdue, now)
             self._check_rivals(now)
             self.table.forget_silent({slot.process for slot in self.slots.slots}, now)
         return self._settle(now)
@@ -248,6 +254,12 @@ class Monitor:
         version = self.directory.message.version
         self._outbox.send(peer, HeartbeatReply(self.id, self.counter.term, epoch, version, known))
 
+    def _on_plan(self, plan: PlacementPlan, now: float) -> str:
+        """Why it changes nothing; empty if it is carried out."""
+        if plan.base_version == 0:
+            return self.group.experts.on_first_plan(plan)
+        return self.migration.on_plan(plan, now) if self.phase is Phase.ACTIVE else "the monitor has just started"
+
     def _on_word_of_rank(self, message: VoidReport | RollAnswer | SlotLeft, now: float) -> None:
         match message:
             case VoidReport():
@@ -300,7 +312,7 @@ class Monitor:
 
     def _on_phase(self, now: float) -> None:
         term = self.counter.term
-        self.membership.term = self.sizing.term = term
+        self.membership.term = self.sizing.term = self.migration.term = term
         self.directory.open_term(term)
         self._outbox.emit("term", now, epoch=self.group.epoch, term=term, phase=self.phase.value)
         if self.phase is Phase.ACTIVE and not self._takeover.is_fresh:
@@ -328,6 +340,7 @@ class Monitor:
             self.sizing.advance(now)
             self.membership.shrink(now)
             self.joining.advance(now)
+            self.migration.advance(now)
             self._faults.advance(now)
         directory = self.directory.refresh(now)
         welcome, self.joining.to_welcome = dict.fromkeys(self.joining.to_welcome), []

@@ -64,7 +64,8 @@ class Takeover:
         return self._heard_term == 0 and self._heard_epoch == 0 and self.best is None
 
     def on_heartbeat(self, beat: Heartbeat) -> None:
-        self._heard(beat.term, max(beat.epoch, beat.out_of, Epoch(beat.incarnation), Epoch(beat.placement_version)))
+        highest = max(beat.epoch, beat.out_of, beat.incarnation, beat.placement_version, beat.staged_placement)
+        self._heard(beat.term, Epoch(highest))
 
     def on_hello(self, hello: Hello) -> None:
         view = hello.view

@@ -144,7 +144,7 @@ def test_a_rank_computes_with_the_experts_of_others(tmp_path: Path) -> None:
         engine = group.ranks[1].stream._engine
         assert engine is not None and engine._slots is not None
         with torch.inference_mode():
-            engine._slots._weights_LPF.mul_(-1.0)
+            engine._slots.rows.weights_NF.mul_(-1.0)
         requests = prompts(2)
         for request in requests:
             group.submit(request, 0)

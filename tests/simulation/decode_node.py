@@ -17,6 +17,7 @@ from common.messages import (
     Prepare,
     Release,
     RollCall,
+    StagePlacement,
     TokenBatch,
     View,
     Wake,
@@ -73,7 +74,7 @@ class DecodeNode(ClientNode):
         match message:
             case Announce() | KvPart() | KvHandoff() | Have() | Abort() | Release() | Wake():
                 self.stream.deliver(peer, message, frames)
-            case Welcome() | Prepare() | View() | RollCall():
+            case Welcome() | Prepare() | View() | RollCall() | StagePlacement():
                 self.stream.deliver(self.process, message)
             case _:
                 pass

@@ -15,7 +15,7 @@ from tests.simulation.world import MONITOR, Frames, Node, World
 if TYPE_CHECKING:
     from tests.simulation.client import ClientNode
 
-_HEARS_BUS = ("router", "prefill", "decode")
+_HEARS_BUS = ("router", "prefill", "decode", "planner")
 
 
 class MonitorNode(Node):

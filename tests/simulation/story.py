@@ -8,7 +8,15 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from common.config import AgentConfig, ClusterConfig, DecodeConfig, MonitorConfig, PrefillConfig, RouterConfig
+from common.config import (
+    AgentConfig,
+    ClusterConfig,
+    DecodeConfig,
+    MonitorConfig,
+    PlannerConfig,
+    PrefillConfig,
+    RouterConfig,
+)
 from common.ids import ProcessId
 from kernels import epoch_state
 from kernels.reference import ElasticGroup
@@ -23,6 +31,7 @@ from tests.simulation.faults import Faults
 from tests.simulation.memory import Memory, MemoryProvider
 from tests.simulation.monitor_node import MonitorNode
 from tests.simulation.pace import Pace
+from tests.simulation.planner_node import PlannerNode
 from tests.simulation.prefill_node import PrefillNode
 from tests.simulation.router_node import RouterNode
 from tests.simulation.stream_task import POLL_S
@@ -39,7 +48,10 @@ class Story:
     def __init__(self, seed: int) -> None:
         self.random = random = Random(seed)
         self.num_layers = random.choice((1, 1, 2))
-        self.config = _config(random)
+        # Drawn apart, so that stories are the same with and without it.
+        self._placement_random = Random(f"placement {seed}")
+        self._moves_experts = self._placement_random.random() < 0.7
+        self.config = _config(random, self._placement_random)
         self.world = world = World(seed, *_weather(random))
         world.memory = Memory(world)
         self.checker = world.checker = Checker(world, self.num_layers)
@@ -64,6 +76,8 @@ class Story:
     def _run(self) -> None:
         world = self.world
         self._start_agent()
+        if self._moves_experts:
+            PlannerNode(world, self._placement_random, FAULTS_TO_S)
         world.death_watchers.append(self._on_death)
         self._invite_clients()
         faults = Faults(world, self.random)
@@ -133,7 +147,7 @@ class Story:
         return node
 
 
-def _config(random: Random) -> ClusterConfig:
+def _config(random: Random, placement_random: Random) -> ClusterConfig:
     num_ranks = random.choice((2, 3, 3, 4))
     decode = DecodeConfig(
         num_ranks=num_ranks,
@@ -145,6 +159,11 @@ def _config(random: Random) -> ClusterConfig:
         handoff_bytes=random.choice((1 << 30, 1 << 30, 400)),
         operation_deadline_s=2.0,
         idle_poll_s=0.2,
+        num_staging_experts=placement_random.choice((-1, 1, 3)),
+    )
+    # An expert has 64 bytes here: copying one takes no time, or as long as some rounds.
+    planner = PlannerConfig(
+        bandwidth_bytes_per_s=placement_random.choice((1e6, 1e3, 200.0)), use_async=placement_random.random() < 0.8
     )
     monitor = MonitorConfig(formation_s=4.0, prepare_timeout_s=20.0)
     agent = AgentConfig(give_up_after=1000)
@@ -154,7 +173,7 @@ def _config(random: Random) -> ClusterConfig:
         num_kv_blocks=random.choice((20, 40)),
         prefix_cache_bytes=random.choice((0, 160, 1600)),  # 16 to a block
     )
-    config = ClusterConfig(decode=decode, monitor=monitor, agent=agent, prefill=prefill)
+    config = ClusterConfig(decode=decode, monitor=monitor, agent=agent, prefill=prefill, planner=planner)
     return replace(config, router=RouterConfig(rebalance_difference=random.choice((1, 2))))
 
 

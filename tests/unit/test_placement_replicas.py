@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from common.placement import PhysicalToLogical, ReplicaChoice, ReplicaPolicy
+from common.config import ReplicaPolicy
+from common.placement import PhysicalToLogical, ReplicaChoice
 
 # Expert 0 on ranks 0, 1 and 3; expert 1 on 2 alone. Rank 4 is no member.
 _PLACEMENT: PhysicalToLogical = (((0,), (0,), (1,), (0,), (0,)),)

@@ -9,6 +9,7 @@ from common.model.experts import ExpertLayout
 from services.decode.expert_slots import EMPTY, NUM_TAG_WORDS, ExpertSlots
 
 LAYOUT = ExpertLayout(4, 4)
+NUM_SPARE = 2
 
 
 class Source:
@@ -30,11 +31,11 @@ class Memory:
     """What outlives a process."""
 
     def __init__(self) -> None:
-        self.weights = torch.zeros((2, 3, LAYOUT.row_size))
-        self.tags = torch.zeros((2, 3, NUM_TAG_WORDS), dtype=torch.int64)
+        self.weights = torch.zeros((2 * 3 + NUM_SPARE, LAYOUT.row_size))
+        self.tags = torch.zeros((2 * 3 + NUM_SPARE, NUM_TAG_WORDS), dtype=torch.int64)
 
     def slots(self, source: Source) -> ExpertSlots:
-        return ExpertSlots(self.weights, self.tags, LAYOUT, source.read)
+        return ExpertSlots(self.weights, self.tags, LAYOUT, 2, 3, source.read)
 
 
 def holds(slots: ExpertSlots, wanted: list[list[int]]) -> bool:
@@ -55,6 +56,9 @@ def test_only_what_differs_is_loaded() -> None:
     assert slots.logical_expert(0, 0) == EMPTY
     assert slots.adopt([[0, 1, 2], [3, 4, EMPTY]], 1) == 5
     assert slots.adopt([[0, 1, 5], [3, 4, EMPTY]], 2) == 1
+    assert slots.adopt([[0, 1, 2], [4, 3, EMPTY]], 2) == 0, "what was there before is there still, in a spare row"
+    assert holds(slots, [[0, 1, 2], [4, 3, EMPTY]])
+    slots.adopt([[0, 1, 5], [3, 4, EMPTY]], 3)
     assert holds(slots, [[0, 1, 5], [3, 4, EMPTY]])
     assert memory.slots(source).adopt([[0, 1, 5], [EMPTY, 4, EMPTY]], 3) == 0, "a stranger reads the same tags"
 
@@ -66,8 +70,8 @@ def test_a_slot_that_was_being_written_counts_as_empty() -> None:
     with pytest.raises(ValueError, match="torn"):
         memory.slots(source).adopt([[0, 7, 2], [0, 1, 2]], 2)
     slots, source.fails = memory.slots(source), -1
-    assert slots.logical_expert(0, 1) == EMPTY
-    assert slots.adopt([[0, 1, 2], [0, 1, 2]], 3) == 1, "also when the map wants what was there before"
+    assert slots.lacking([[0, 7, 2], [0, 1, 2]]) == [(0, 7)], "half an expert is none"
+    assert slots.adopt([[0, 1, 2], [0, 1, 2]], 3) == 0, "a spare row was written: what was there before is there still"
     assert holds(slots, [[0, 1, 2], [0, 1, 2]])
 
 

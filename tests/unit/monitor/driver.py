@@ -16,6 +16,7 @@ from common.messages import (
     RollAnswer,
     RollCall,
     SlotLeft,
+    StagePlacement,
     View,
     VoidReport,
     Welcome,
@@ -52,6 +53,8 @@ class Puppet:
     out_of: Epoch = NO_EPOCH
     progress: int = 0
     waits_for: tuple[int, ...] = ()
+    copies_experts: bool = True  # at once
+    staged: int = 0
     counters: dict[str, int] = field(default_factory=dict)
     received: list[Message] = field(default_factory=list)
 
@@ -131,7 +134,7 @@ class Driver:
             puppet,
             Heartbeat(
                 puppet.process, puppet.rank, puppet.incarnation, puppet.term, puppet.epoch, puppet.state,
-                puppet.progress, puppet.waits_for, 0, puppet.out_of, puppet.counters,
+                puppet.progress, puppet.waits_for, 0, puppet.out_of, puppet.counters, puppet.staged,
             ),
             suffix="#beat",
         )  # fmt: skip
@@ -228,6 +231,8 @@ class Driver:
                     puppet.rank, puppet.incarnation, puppet.state = rank, incarnation, "joining"
             case Prepare(view=view):
                 self._follow(puppet, view)
+            case StagePlacement() if puppet.copies_experts:
+                puppet.staged = message.placement.version
             case View():
                 if member_of(message, puppet.process) or puppet.kind != "decode":
                     self._follow(puppet, message)

@@ -1,0 +1,163 @@
+"""Experts on their way in: copied in slices between rounds, so that no token waits for them.
+
+Each expert is read from the memory of a live copy, one-sided: its owner takes no part and may be writing. So a copy
+counts only if the source's tag is the same before and after, and if its bytes have the checksum of the tag, which comes
+from the checkpoint. A source that fails is not asked again; with none left, or if two tags disagree, the expert is
+read from the checkpoint, in one piece.
+
+    stage(wanted) -> copy ... -> all here -> (the placement comes into force: `ExpertSlots.adopt` finds everything)
+
+Legend: L mixture-of-experts layers, P expert slots of a layer, F floats of a row.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from services.decode.expert_slots import EMPTY, Expert, ExpertRows, ExpertSlots, Tag
+
+_FLOAT_BYTES = 4
+SLICE_BYTES = 512 << 10  # under a millisecond, checksum included
+_GATHERS_FOR_S = 0.1
+
+PeerRows = Callable[[], Mapping[int, ExpertRows]]
+
+
+@dataclass(slots=True)
+class _Copy:
+    """``row`` of this rank is being filled from ``source_row`` of a peer; ``num_floats`` are there."""
+
+    row: int
+    rank: int
+    source: ExpertRows
+    source_row: int
+    tag: Tag
+    num_floats: int = 0
+    checksum: int = 0
+
+
+class CopyPace:
+    """How many bytes may be copied now: a rate, and never so much at once that a round would notice."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._most_bytes = max(_FLOAT_BYTES, min(SLICE_BYTES, bytes_per_s * _GATHERS_FOR_S))
+        self._allowed_bytes, self._at = 0.0, 0.0
+
+    def allowed_bytes(self, now: float) -> int:
+        """What has gathered beyond one slice, or a tenth of a second, is lost: there is no catching up."""
+        self._allowed_bytes += (now - self._at) * self._bytes_per_s
+        self._allowed_bytes, self._at = min(self._allowed_bytes, self._most_bytes), now
+        return int(self._allowed_bytes)
+
+    def spend(self, num_bytes: int) -> None:
+        """May go below zero: an expert from the checkpoint comes in one piece."""
+        self._allowed_bytes -= num_bytes
+
+
+class Staging:
+    """``peer_rows`` gives the expert rows of the other members, by rank. Without a ``pace`` all is copied at once."""
+
+    def __init__(self, slots: ExpertSlots, peer_rows: PeerRows, own_rank: int, pace: CopyPace | None) -> None:
+        self._slots, self._peer_rows, self._own_rank, self._pace = slots, peer_rows, own_rank, pace
+        self._wanted_LP: Sequence[Sequence[int]] = ()
+        self._generation = 0
+        self._lacking: list[Expert] = []
+        self._copy: _Copy | None = None
+        self._failed: set[tuple[Expert, int]] = set()  # (expert, rank) whose copy was no good
+        self._num_from_peers = self._num_from_checkpoint = self._num_bad_copies = self._num_bytes = 0
+
+    def stage(self, wanted_LP: Sequence[Sequence[int]], generation: int) -> None:
+        """From now on for this map; what was begun for another is given up."""
+        self._wanted_LP, self._generation = wanted_LP, generation
+        self._copy, self._failed = None, set()
+        self._lacking = self._slots.lacking(wanted_LP)
+
+    def drop(self) -> None:
+        """Nothing is on its way any more. What is whole already stays, as long as its row is not needed."""
+        self._copy, self._lacking = None, []
+
+    @torch.inference_mode()
+    def copy(self, now: float) -> bool:
+        """Copies as much as the pace allows; whether all is here."""
+        if self._pace is None:
+            while self._lacking:
+                self._copy_piece(SLICE_BYTES)
+        else:
+            while self._lacking and (allowed_bytes := self._pace.allowed_bytes(now)) >= _FLOAT_BYTES:
+                self._pace.spend(self._copy_piece(allowed_bytes))
+        return not self._lacking
+
+    def counters(self) -> dict[str, int]:
+        return {
+            "experts_copied": self._num_from_peers,
+            "experts_from_checkpoint": self._num_from_checkpoint,
+            "bad_expert_copies": self._num_bad_copies,
+            "expert_bytes_copied": self._num_bytes,
+        }
+
+    def _copy_piece(self, max_bytes: int) -> int:
+        """Up to so many bytes, and no further than the end of an expert; how many it was."""
+        copy = self._copy = self._copy or self._begin(self._lacking[0])
+        if copy is None:
+            return self._load_from_checkpoint(self._lacking[0])
+        return self._go_on(copy, max_bytes // _FLOAT_BYTES)
+
+    def _begin(self, expert: Expert) -> _Copy | None:
+        """None: no live copy can be read, or they do not agree what it should be."""
+        found = []
+        for rank, rows in self._peer_rows().items():
+            row = rows.find(*expert) if (expert, rank) not in self._failed else None
+            tag = rows.tag(row) if row is not None else None
+            if row is not None and tag is not None and (tag.layer, tag.logical_expert) == expert:
+                found.append((rank, rows, row, tag))
+        if not found or len({tag.checksum for *_, tag in found}) > 1:
+            return None
+        # Spread over the sources: ranks that want the same expert, and experts of the same rank, begin elsewhere.
+        rank, rows, row, tag = found[(self._own_rank + sum(expert)) % len(found)]
+        own_row = self._slots.take_row(self._wanted_LP, spare_present=True)
+        assert own_row != EMPTY, "the monitor plans no more than there is memory for"
+        return _Copy(own_row, rank, rows, row, tag)
+
+    def _go_on(self, copy: _Copy, most_floats: int) -> int:
+        target_F, source_F = self._slots.rows.weights_NF[copy.row], copy.source.weights_NF[copy.source_row]
+        first, last = copy.num_floats, min(copy.num_floats + most_floats, len(target_F))
+        target_F[first:last] = source_F[first:last]
+        # Of the copy, not of the source: that may change between two reads.
+        copy.checksum = zlib.crc32(_memory(target_F[first:last]), copy.checksum)
+        copy.num_floats = last
+        self._num_bytes += _FLOAT_BYTES * (last - first)
+        if last == len(target_F):
+            self._end(copy)
+        return _FLOAT_BYTES * (last - first)
+
+    def _end(self, copy: _Copy) -> None:
+        expert = self._lacking[0]
+        self._copy = None
+        if copy.source.tag(copy.source_row) != copy.tag or copy.checksum != copy.tag.checksum:
+            self._num_bad_copies += 1
+            self._failed.add((expert, copy.rank))
+            return
+        self._slots.put(copy.row, Tag(*expert, self._generation, copy.checksum))
+        self._num_from_peers += 1
+        del self._lacking[0]
+
+    def _load_from_checkpoint(self, expert: Expert) -> int:
+        row = self._slots.take_row(self._wanted_LP, spare_present=True)
+        assert row != EMPTY, "the monitor plans no more than there is memory for"
+        self._slots.load(row, *expert, self._generation)
+        self._num_from_checkpoint += 1
+        del self._lacking[0]
+        num_bytes = self._slots.rows.weights_NF[row].nbytes
+        self._num_bytes += num_bytes
+        return num_bytes
+
+
+def _memory(row_F: Tensor) -> memoryview:
+    array: npt.NDArray[np.float32] = row_F.numpy()
+    return array.data.cast("B")
