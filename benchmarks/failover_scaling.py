@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from benchmarks.failover_report import Window
-from common.fault_answers import SCALE_DEADLINE_S, proof_of
+from common.fault_answers import proof_of
 from services.cli.fault import FaultClient, scale_event
 from services.cli.run_directory import monitor_address
 
@@ -20,7 +20,7 @@ def run_scalings(run_dir: Path, steps: list[tuple[int, int]]) -> list[Window]:
             time.sleep(_BEFORE_S)
             name, at = f"scale to {decode} ranks, {prefill} prefill", time.monotonic()
             windows.append(Window(name, False, start, at))
-            answer = bus.inject(scale_event(decode, prefill), SCALE_DEADLINE_S)
+            answer = bus.inject(scale_event(decode, prefill))
             if answer["status"] != "done":
                 raise RuntimeError(f"{name}: {proof_of(answer)}")
             done = time.monotonic()

@@ -24,6 +24,7 @@ from common.messages import Sampling
 from common.model.checkpoint import Checkpoint
 from common.model.model import Batch, Model
 from common.model.token_choice import choose
+from common.pace import Pace
 from common.placement import ReplicaChoice, initial_placement, num_local_experts
 from kernels.reference import ElasticGroup
 from kernels.symmetric_memory.shm import ShmProvider
@@ -56,7 +57,10 @@ def run_rank(
         num_local_experts(decode, config.n_routed_experts),
         lambda layer, expert, row: checkpoint.read_expert(config.first_k_dense_replace + layer, expert, row),
     )
-    exchange = ElasticExchange(slots, config.first_k_dense_replace, config.num_moe_layers, config.n_routed_experts)
+    pace = Pace(time.perf_counter, time.sleep)
+    exchange = ElasticExchange(
+        slots, config.first_k_dense_replace, config.num_moe_layers, config.n_routed_experts, pace
+    )
     model = Model(checkpoint, exchange, cache)
     members = tuple(range(num_ranks))
     num_experts, num_layers = config.n_routed_experts, config.num_moe_layers

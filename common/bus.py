@@ -4,17 +4,23 @@ The monitor hosts the broker. A fresh publisher loses its first messages and any
 arrive is repeated until acknowledged, or can be asked for.
 """
 
+import time
+
 import zmq
 import zmq.asyncio
 
 from common.messages import MalformedMessage, Message, decode, encode
 from common.monitor_address import MonitorAddress
+from common.network_cut import NetworkCut
 
 TOPICS = ("fault", "view", "plan", "load", "event")
 
 
 class BusPublisher:
-    def __init__(self, context: zmq.asyncio.Context, address: MonitorAddress) -> None:
+    def __init__(
+        self, context: zmq.asyncio.Context, address: MonitorAddress, network: NetworkCut | None = None
+    ) -> None:
+        self._network = network or NetworkCut()
         self._socket = context.socket(zmq.PUB)
         self._socket.linger = 0
         self._socket.connect(address.publish)
@@ -23,6 +29,8 @@ class BusPublisher:
         self.publish_raw(topic, encode(message))
 
     def publish_raw(self, topic: str, payload: bytes) -> None:
+        if self._network.drops("monitor", "out", time.monotonic()):
+            return
         # A PUB socket drops instead of blocking, so the future is done at once.
         self._socket.send_multipart([topic.encode(), payload], flags=zmq.DONTWAIT)
 
@@ -31,7 +39,14 @@ class BusPublisher:
 
 
 class BusSubscriber:
-    def __init__(self, context: zmq.asyncio.Context, address: MonitorAddress, topics: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        address: MonitorAddress,
+        topics: tuple[str, ...],
+        network: NetworkCut | None = None,
+    ) -> None:
+        self._network = network or NetworkCut()
         self._socket = context.socket(zmq.SUB)
         self._socket.linger = 0
         for topic in topics:
@@ -42,6 +57,8 @@ class BusSubscriber:
     async def receive_raw(self) -> tuple[str, bytes]:
         while True:
             frames = await self._socket.recv_multipart()
+            if self._network.drops("monitor", "in", time.monotonic()):
+                continue
             if len(frames) == 2:
                 return frames[0].decode(errors="replace"), frames[1]
             self.num_malformed += 1

@@ -95,6 +95,8 @@ class MonitorConfig(_Section, frozen=True):
     prepare_timeout_s: float = 60.0
     empty_s: float = 20.0  # a rank that is drained or scaled away goes then, even with experts that only it holds
     formation_s: float = 20.0  # first view: wait this long for the desired size
+    slow_factor: float = 0.0  # a rank slower than this many times the others is removed; 0 = kept
+    slow_for_s: float = 10.0  # after it has been for so long
     planner_wait_s: float = 2.0
 
 
@@ -181,6 +183,10 @@ def validate(config: ClusterConfig) -> None:
         raise ValueError(f"prefill.num_workers must be at least 1, got {config.prefill.num_workers}")
     for section in msgspec.structs.asdict(config).values():
         for key, value in msgspec.structs.asdict(section).items():
+            if key == "slow_factor" and (value == 0 or value > 1):
+                continue
+            if key == "slow_factor":
+                raise ValueError(f"slow_factor must be above 1, or 0 to keep slow ranks, got {value}")
             if isinstance(value, float) and not value > 0:  # nan too
                 raise ValueError(f"{key} must be positive, got {value}")
             is_number = isinstance(value, int) and not isinstance(value, bool)

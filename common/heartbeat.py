@@ -13,6 +13,7 @@ import zmq
 
 from common.ids import ProcessId
 from common.messages import Heartbeat, HeartbeatReply, MalformedMessage, decode, encode
+from common.network_cut import NetworkCut
 
 IDENTITY_SUFFIX = "#beat"
 
@@ -28,7 +29,9 @@ class HeartbeatThread:
         interval_s: float,
         beat: Callable[[], Heartbeat],
         on_reply: Callable[[HeartbeatReply], None],
+        network: NetworkCut,
     ) -> None:
+        self._network = network
         self._context, self._process, self._address = context, process, address
         self.interval_s, self._beat, self._on_reply = interval_s, beat, on_reply
         self._stop = threading.Event()
@@ -52,7 +55,8 @@ class HeartbeatThread:
             while not self._stop.is_set():
                 # Again = not connected: the monitor counts the silence, there is nothing else to do here.
                 with contextlib.suppress(zmq.Again):
-                    socket.send(encode(self._beat()), flags=zmq.DONTWAIT)
+                    if not self._network.drops("monitor", "out", time.monotonic()):
+                        socket.send(encode(self._beat()), flags=zmq.DONTWAIT)
                 next_beat_at = time.monotonic() + self.interval_s
                 # Poll in place of sleeping: replies that tell of a new epoch are read at once.
                 while not self._stop.is_set() and (left_s := next_beat_at - time.monotonic()) > 0:
@@ -69,6 +73,6 @@ class HeartbeatThread:
             return False
         except MalformedMessage:
             return True
-        if isinstance(message, HeartbeatReply):
+        if isinstance(message, HeartbeatReply) and not self._network.drops("monitor", "in", time.monotonic()):
             self._on_reply(message)
         return True

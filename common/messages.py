@@ -7,9 +7,9 @@ is a plain map: see `common.fault`.
 Who sends what:
 
     process -> monitor   Hello Heartbeat VoidReport RollAnswer SlotLeft AskView AskStatus SignalDone Exited
-                         PlacementPlan
+                         PlacementPlan Injected
     monitor -> process   Welcome Refusal HeartbeatReply Prepare View RollCall Directory Status Signal SetChildren
-                         StagePlacement
+                         StagePlacement Inject
     router  -> prefill   Prefill Abort AskPrefill          prefill -> router   PrefillDone PrefillQueued Refused
     router  -> decode    Announce Have Abort Release       decode  -> router   TokenBatch Unknown Refused
     prefill -> decode    KvPart KvHandoff (+ KV frames)    decode  -> decode   Wake View
@@ -234,12 +234,16 @@ class SlotLeft(_Message, frozen=True):
 
 
 class Signal(_Message, frozen=True):
-    """monitor -> agent: send ``signal`` (a name: KILL, STOP, CONT, TERM) to a process and prove it."""
+    """monitor -> agent: send ``signal`` (a name: KILL, STOP, CONT, TERM) to a process and prove it.
+
+    ``duration_s``: of a STOP, after which the agent continues the process; 0 = somebody else will.
+    """
 
     id: str
     process: ProcessId
     pid: int
     signal: str
+    duration_s: float = 0.0
 
 
 class SignalDone(_Message, frozen=True):
@@ -273,6 +277,32 @@ class Exited(_Message, frozen=True):
     name: str
     pid: int
     reason: str  # "signal KILL", "exit 1"
+
+
+class Inject(_Message, frozen=True):
+    """monitor -> process, repeated until Injected: do this fault to yourself. The same id again changes nothing.
+
+    slow: take ``factor`` times the time of your own work. drop_network: lose what passes between you and ``which``
+    (monitor | peers | all) in ``direction`` (in | out | both) for ``duration_s``. corrupt_heap: overwrite your memory.
+    """
+
+    monitor: ProcessId
+    term: int
+    id: str
+    action: str
+    factor: float = 1.0
+    which: str = ""
+    direction: str = ""
+    duration_s: float = 0.0
+
+
+class Injected(_Message, frozen=True):
+    """process -> monitor: the fault is in force, and what shows it. Passes a cut network, and is no sign of life."""
+
+    process: ProcessId
+    id: str
+    ok: bool
+    proof: str
 
 
 class AskStatus(_Message, frozen=True):
@@ -499,7 +529,7 @@ Message = (
     View | Directory | Hello | Welcome | Refusal | Heartbeat | HeartbeatReply | AskView | Prepare | VoidReport
     | RollCall | RollAnswer | SlotLeft | Signal | SignalDone | Exited | AskStatus | Status | Announce | Prefill
     | PrefillDone | AskPrefill | PrefillQueued | KvPart | KvHandoff | TokenBatch | Have | Unknown | Refused | Abort
-    | Release | Wake | ExpertLoad | PlacementPlan | SetChildren | StagePlacement
+    | Release | Wake | ExpertLoad | PlacementPlan | SetChildren | StagePlacement | Inject | Injected
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

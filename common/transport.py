@@ -9,6 +9,7 @@ direction (docs/decisions/0006-one-key-per-cluster.md).
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from common.cluster_key import ClusterKey
 from common.handshakes import FailedHandshakes
 from common.ids import ProcessId
 from common.messages import MalformedMessage, Message, decode, encode
+from common.network_cut import NetworkCut
 
 _HIGH_WATER_MARK = 100_000
 log = logging.getLogger("regrow.transport")
@@ -70,9 +72,13 @@ def listen(socket: "zmq.Socket[Any]", port: int, interface: str) -> int:
 
 
 class _Socket:
-    """What both kinds of socket share: counters, non-blocking sends, closing without linger."""
+    """What both kinds of socket share: counters, non-blocking sends, closing without linger.
 
-    def __init__(self, context: zmq.asyncio.Context, kind: int) -> None:
+    ``network``: what this process loses on purpose; ``side``: whom the socket leads to (`common.network_cut`).
+    """
+
+    def __init__(self, context: zmq.asyncio.Context, kind: int, network: NetworkCut | None, side: str) -> None:
+        self._network, self._side = network or NetworkCut(), side
         self._socket = context.socket(kind)
         self._socket.linger = 0
         self._socket.sndhwm = self._socket.rcvhwm = _HIGH_WATER_MARK
@@ -82,6 +88,11 @@ class _Socket:
 
     def _send(self, parts: list[Buffer], frames: Sequence[Buffer]) -> None:
         """``frames`` are not copied, so they must not change any more; for small messages a copy costs less."""
+        if self._network.drops(self._side, "out", time.monotonic()):
+            return
+        self._send_now(parts, frames)
+
+    def _send_now(self, parts: list[Buffer], frames: Sequence[Buffer]) -> None:
         future = self._socket.send_multipart([*parts, *frames], flags=zmq.DONTWAIT, copy=not frames)
         assert isinstance(future, asyncio.Future)
         if future.done() and future.exception() is not None:
@@ -91,6 +102,8 @@ class _Socket:
         """The next well-formed message with all its frames; malformed ones are counted and skipped."""
         while True:
             frames = await self._socket.recv_multipart(copy=False)
+            if self._network.drops(self._side, "in", time.monotonic()):
+                continue
             buffers = [frame.buffer for frame in frames]
             index = 1 if self._socket.type == zmq.ROUTER else 0
             try:
@@ -109,9 +122,15 @@ class _Socket:
 class Endpoint(_Socket):
     """A bound ROUTER socket."""
 
-    def __init__(self, context: zmq.asyncio.Context, port: int = 0, interface: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        port: int = 0,
+        interface: str = "127.0.0.1",
+        network: NetworkCut | None = None,
+    ) -> None:
         """Listens on ``port`` (0 = any free one). Raises ValueError when the port is in use."""
-        super().__init__(context, zmq.ROUTER)
+        super().__init__(context, zmq.ROUTER, network, "peers")
         self._socket.router_handover = True
         self.num_refused = 0
         self.failed_handshakes: FailedHandshakes = FailedHandshakes(self._socket)
@@ -146,9 +165,15 @@ class Link(_Socket):
     """``is_watched``: somebody reads ``failed_handshakes``."""
 
     def __init__(
-        self, context: zmq.asyncio.Context, identity: ProcessId, address: str, is_watched: bool = False
+        self,
+        context: zmq.asyncio.Context,
+        identity: ProcessId,
+        address: str,
+        network: NetworkCut | None = None,
+        side: str = "peers",
+        is_watched: bool = False,
     ) -> None:
-        super().__init__(context, zmq.DEALER)
+        super().__init__(context, zmq.DEALER, network, side)
         self.address = address
         self.failed_handshakes = FailedHandshakes(self._socket) if is_watched else None
         self._socket.setsockopt_string(zmq.IDENTITY, identity)
@@ -161,3 +186,7 @@ class Link(_Socket):
 
     def send(self, message: Message, frames: Sequence[Buffer] = ()) -> None:
         self._send([encode(message)], frames)
+
+    def send_through_cut(self, message: Message) -> None:
+        """For the word that a cut is in force, which nobody would hear otherwise."""
+        self._send_now([encode(message)], ())

@@ -23,6 +23,7 @@ from kernels.doorbell import Doorbell
 from kernels.elastic_mode import ElasticMode, LateRanksError
 from kernels.heap_layout import HeapLayout
 from kernels.heap_window import HeapWindow, require_ordered_stores
+from kernels.peer_windows import LinkFault, PeerWindows
 from kernels.step_words import epoch_floor
 from kernels.symmetric_memory.base import PeerHeap, SymmetricHeap
 from kernels.word_wait import Clock, Pause, WaitEnd, WordWait
@@ -80,7 +81,7 @@ class EpochState:
         self.members: tuple[int, ...] = ()
         self.digest = 0
         self._own = HeapWindow(layout, heap.bytes_U8)
-        self._windows = {rank: self._own}
+        self._windows = PeerWindows(layout, rank, self._own)
         # What an earlier process of this slot said to itself; its poison of others is old by its epoch.
         self._own.poison[rank] = 0
         self._poison_lock = threading.Lock()
@@ -112,6 +113,10 @@ class EpochState:
         others.
         """
         return (torch.tensor(self._wait.wait_s, dtype=torch.float64) * 1e9).round().long()
+
+    def set_link_fault(self, fault: LinkFault) -> None:
+        """From now on ``fault`` says which words between this rank and the others are lost."""
+        self._windows.fault = self._wait.fault = fault
 
     def map_peer(self, rank: int, peer_heap: PeerHeap) -> None:
         """Use ``peer_heap`` for slot ``rank`` from now on, also in place of an earlier one. ValueError if its layout

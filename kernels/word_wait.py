@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 
 from kernels.doorbell import Doorbell
+from kernels.peer_windows import LinkFault
 
 Clock = Callable[[], float]
 Pause = Callable[[int], None]
@@ -53,6 +54,7 @@ class WordWait:
         self._bell = bell
         self._clock = clock
         self._pause = pause
+        self.fault: LinkFault | None = None
 
     def until(
         self,
@@ -68,15 +70,22 @@ class WordWait:
         start = clock()
         pending = list(members)
         num_polls = 0
+        unseen: set[int] = set()
         while True:
             # Before the words: what is rung for after this look ends the sleep behind it.
             ring = self._bell.ring_of(pending[-1])
             now = clock()
+            fault = self.fault if self.fault is not None and self.fault.is_deaf() else None
             still = []
             future = False
             for source in pending:
                 word = words[source]
-                if word != step:
+                if fault is not None and source != self._rank:
+                    if word >= step and source not in unseen:
+                        unseen.add(source)
+                        fault.on_lost(0, 1)
+                    still.append(source)
+                elif word != step:
                     still.append(source)
                     future |= word > step
                 elif num_polls:
@@ -90,7 +99,7 @@ class WordWait:
                 end = WaitEnd.FUTURE_WORD
             elif poison[self._rank] >= floor:
                 end = WaitEnd.HOST_POISON
-            elif any(poison[member] >= floor for member in members):
+            elif fault is None and any(poison[member] >= floor for member in members):
                 end = WaitEnd.PEER_POISON
             elif stop is not None and stop():
                 end = WaitEnd.STOPPED

@@ -37,6 +37,14 @@ def start(words: Sequence[str], kind: str, log: Path | None) -> tuple[int, int]:
     return pid, os.pidfd_open(pid)
 
 
+def stop_myself_for(seconds: float) -> None:
+    """SIGSTOP of this process; a helper continues it. Returns when it has."""
+    words = ["/bin/sh", "-c", f"sleep {seconds:.3f}; kill -CONT {os.getpid()}"]
+    helper = os.posix_spawn(words[0], words, dict(os.environ))
+    os.kill(os.getpid(), signal.SIGSTOP)
+    os.waitpid(helper, 0)
+
+
 def _environment(kind: str) -> dict[str, str]:
     """The agent's own; imports come from this tree, not from a folder ``common`` that lies where the user stands."""
     environment = dict(os.environ)

@@ -262,6 +262,8 @@ class AgentService:
 
     def _on_message(self, message: Message) -> None:
         match message:
+            case Signal(process=process) if process == self.process:
+                self._signal_myself(message)
             case Signal(process=process):
                 is_alive = self.supervisor.by_process(process) is not None
                 self._answer(self._requests.on_request(message, is_alive, time.monotonic()))
@@ -271,6 +273,18 @@ class AgentService:
                 self.supervisor.configure(config)
             case _:
                 pass  # views and directories are for others
+
+    def _signal_myself(self, request: Signal) -> None:
+        """Nobody else can: the agent's parent takes no orders. Of a SIGKILL its lifeline tells."""
+        if request.signal != "STOP" or not request.duration_s:
+            os.kill(os.getpid(), signal.Signals[f"SIG{request.signal}"])
+            return
+        if answer := self._requests.answered(request.id):
+            self._monitor.send(answer)
+            return
+        before = time.monotonic()
+        child_process.stop_myself_for(request.duration_s)
+        self._answer([self._requests.on_stood_still(request, time.monotonic() - before)])
 
     def _hello(self) -> Hello:
         children = tuple((child.process, child.name, child.pid) for child in self.supervisor.alive)

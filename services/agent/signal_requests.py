@@ -1,6 +1,7 @@
 """Signals that the monitor asked for, and the proof that each took effect. Pure.
 
     asked --sent--> PENDING --reaped, or /proc shows the state--> answered (kept, for repeats)
+                       |                 (a stop for a time: then it is continued)
                        |
                        +------- `PROOF_S` without effect --------> answered: failed
 
@@ -43,6 +44,7 @@ class _Pending:
 
 class SignalRequests:
     def __init__(self) -> None:
+        self._continue_at: list[tuple[float, ProcessId]] = []
         self._pending: dict[str, _Pending] = {}
         self._answers: OrderedDict[str, SignalDone] = OrderedDict()
         self._exits: OrderedDict[ProcessId, str] = OrderedDict()
@@ -51,6 +53,9 @@ class SignalRequests:
     def stop_or_cont_pending(self) -> list[ProcessId]:
         """Processes whose state `on_state` wants to hear."""
         return [p.signal.process for p in self._pending.values() if p.signal.signal in ("STOP", "CONT")]
+
+    def answered(self, id: str) -> SignalDone | None:
+        return self._answers.get(id)
 
     def on_request(self, signal: Signal, is_alive: bool, now: float) -> list[Action]:
         if answer := self._answers.get(signal.id):
@@ -62,6 +67,8 @@ class SignalRequests:
         if not is_alive:
             return [self._answer_for_gone(signal)]
         self._pending[signal.id] = _Pending(signal, now + PROOF_S)
+        if signal.signal == "STOP" and signal.duration_s > 0:
+            self._continue_at.append((now + signal.duration_s, signal.process))
         return [Deliver(signal.process, signal.signal)]
 
     def on_exit(self, process: ProcessId, reason: str) -> list[Action]:
@@ -81,9 +88,16 @@ class SignalRequests:
                 actions.append(self._answer(signal, True, f"state {state}"))
         return actions
 
+    def on_stood_still(self, signal: Signal, seconds: float) -> Answer:
+        """The agent has stopped itself, and was continued."""
+        return self._answer(signal, seconds > 0, f"stood still for {seconds:.2f} s")
+
     def on_tick(self, now: float) -> list[Action]:
+        awake = [process for at, process in self._continue_at if now >= at]
+        self._continue_at = [entry for entry in self._continue_at if now < entry[0]]
         due = [pending.signal for pending in self._pending.values() if now >= pending.deadline]
-        return [self._answer(signal, False, f"no effect within {PROOF_S:.0f} s") for signal in due]
+        continued: list[Action] = [Deliver(process, "CONT") for process in awake]
+        return continued + [self._answer(signal, False, f"no effect within {PROOF_S:.0f} s") for signal in due]
 
     def _answer_for_gone(self, signal: Signal) -> Answer:
         reason = self._exits.get(signal.process)

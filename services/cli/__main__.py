@@ -29,6 +29,7 @@ AdminTokenFile = Annotated[
     typer.Option(metavar="FILE", help="Holds the bearer token for /admin; or set REGROW_ADMIN_TOKEN."),
 ]
 _RUN_DIR = Path(".regrow")
+_FAULTS = "kill, term, stop, cont, slow, drop_network, corrupt_heap, mask, unmask, drain or undrain."
 
 
 @app.command()
@@ -86,9 +87,14 @@ def new_key(file: Annotated[Path, typer.Argument(metavar="FILE", help="Must not 
 
 @app.command()
 def fault(
-    action: Annotated[str, typer.Argument(help="kill, term, stop, cont, mask, unmask, drain or undrain.")],
+    action: Annotated[str, typer.Argument(help=_FAULTS)],
     rank: Annotated[int | None, typer.Option(help="The decode rank that is meant.")] = None,
     process: Annotated[str | None, typer.Option(metavar="NAME", help="Or a process, as prefill-0.")] = None,
+    at_round: Annotated[int | None, typer.Option(metavar="N", help="When the group has made N rounds.")] = None,
+    factor: Annotated[float | None, typer.Option(help="slow: times its own work; 1 ends it.")] = None,
+    which: Annotated[str | None, typer.Option(help="drop_network: monitor, peers or all.")] = None,
+    direction: Annotated[str | None, typer.Option(help="drop_network: in, out or both.")] = None,
+    duration_s: Annotated[float | None, typer.Option("--duration", help="drop_network, stop: seconds.")] = None,
     run_dir: RunDir = _RUN_DIR,
     publish: Publish = "",
     subscribe: Subscribe = "",
@@ -98,7 +104,9 @@ def fault(
     from services.cli.fault import fault as run_fault
     from services.cli.run_directory import bus_address
 
-    raise typer.Exit(run_fault(bus_address(run_dir, publish, subscribe, key_file), action, rank, process))
+    address = bus_address(run_dir, publish, subscribe, key_file)
+    options = {"at_round": at_round, "factor": factor, "which": which, "direction": direction, "duration_s": duration_s}
+    raise typer.Exit(run_fault(address, action, rank, process, **options))
 
 
 @app.command()

@@ -9,17 +9,18 @@ import msgspec
 import zmq
 
 from common.fault import parse_fault
-from common.fault_answers import DEADLINE_S, REPEAT_S, SCALE_DEADLINE_S, final_answer, proof_of
+from common.fault_answers import ACCEPT_S, REPEAT_S, FaultAnswers, proof_of
 from common.monitor_address import MonitorAddress
 from common.transport import secure
 
 
-def fault_event(action: str, rank: int | None, process: str | None) -> dict[str, object]:
-    """A fresh event; raises ValueError (`common.fault.FaultRefused`) on one that the monitor would not take."""
-    target: dict[str, object] = {"rank": rank} if rank is not None else {}
-    if process is not None:
-        target["process"] = process
-    return _checked({"action": action, **target})
+def fault_event(action: str, rank: int | None, process: str | None, **options: object) -> dict[str, object]:
+    """A fresh event; raises ValueError (`common.fault.FaultRefused`) on one that the monitor would not take.
+
+    ``options`` are those of `common.fault.Fault`; None leaves one out.
+    """
+    given = {"rank": rank, "process": process, **options}
+    return _checked({"action": action, **{key: value for key, value in given.items() if value is not None}})
 
 
 def scale_event(decode: int | None, prefill: int | None) -> dict[str, object]:
@@ -52,42 +53,46 @@ class FaultClient:
     def __exit__(self, *exception: object) -> None:
         self._context.destroy(linger=0)
 
-    def inject(self, event: Mapping[str, object], deadline_s: float = DEADLINE_S) -> dict[str, Any]:
+    def inject(self, event: Mapping[str, object], accept_s: float = ACCEPT_S) -> dict[str, Any]:
         """Publishes ``event`` over and over: a fresh publisher loses its first messages, and repeats are harmless.
 
-        Returns the acknowledgement with a final status; raises TimeoutError when there is none in time.
+        Returns the acknowledgement with a final status. Raises TimeoutError when nobody accepts it within ``accept_s``,
+        or when the monitor that did says no more in the time that it named.
         """
-        deadline, payload = time.monotonic() + deadline_s, msgspec.msgpack.encode(event)
-        while time.monotonic() < deadline:
+        start, payload = time.monotonic(), msgspec.msgpack.encode(event)
+        answers = FaultAnswers(event["id"], start, accept_s)
+        while time.monotonic() < answers.deadline:
             self._publisher.send_multipart([b"fault", payload])
             repeat_at = time.monotonic() + REPEAT_S
             while (left_s := repeat_at - time.monotonic()) > 0 and self._subscriber.poll(int(left_s * 1000) + 1):
-                answer = final_answer(self._subscriber.recv_multipart()[-1], event["id"])
+                answer = answers.on_event(self._subscriber.recv_multipart()[-1], time.monotonic())
                 if answer is not None:
                     return answer
+        seconds, bus = time.monotonic() - start, self._address.subscribe
+        if answers.last:
+            raise TimeoutError(f"no more than {answers.last!r} from the bus at {bus} within {seconds:.0f} s")
         hint = "is this its key?" if self._address.key else "if the cluster has a key, name it with --key-file"
-        raise TimeoutError(
-            f"no acknowledgement from the bus at {self._address.subscribe} within {deadline_s:.0f} s; {hint}"
-        )
+        raise TimeoutError(f"no acknowledgement from the bus at {bus} within {seconds:.0f} s; {hint}")
 
 
-def fault(address: MonitorAddress, action: str, rank: int | None, process: str | None) -> int:
+def fault(address: MonitorAddress, action: str, rank: int | None, process: str | None, **options: object) -> int:
     """Returns the exit code: 0 only with proof that it took effect."""
-    return _inject(address, fault_event(action, rank, process), DEADLINE_S)
+    return _inject(address, fault_event(action, rank, process, **options))
 
 
 def scale(address: MonitorAddress, decode: int | None, prefill: int | None) -> int:
     """Returns when the cluster has that size; the same number again is done at once. Exit code as of `fault`."""
-    return _inject(address, scale_event(decode, prefill), SCALE_DEADLINE_S)
+    return _inject(address, scale_event(decode, prefill))
 
 
-def _inject(address: MonitorAddress, event: Mapping[str, object], deadline_s: float) -> int:
+def _inject(address: MonitorAddress, event: Mapping[str, object]) -> int:
     what = f"{event['action']} {parse_fault(msgspec.msgpack.encode(event)).target}"
     with FaultClient(address) as client:
         try:
-            answer = client.inject(event, deadline_s)
+            answer = client.inject(event)
         except TimeoutError as error:
             print(f"{what}: {error}")
             return 1
-    print(f"{what}: {answer['status']}: {proof_of(answer)}")
+    at_round = f" (in round {answer['round']})" if event.get("at_round") and "round" in answer else ""
+    print(f"{what}: {answer['status']}: {proof_of(answer)}{at_round}")
     return 0 if answer["status"] == "done" else 1

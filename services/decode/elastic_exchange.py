@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.model.experts import VoidRound, expert_rows
+from common.pace import Pace
 from common.placement import ReplicaChoice
 from kernels.reference import ElasticGroup
 from services.decode.expert_slots import ExpertSlots
@@ -17,8 +18,10 @@ from services.decode.expert_slots import ExpertSlots
 class ElasticExchange:
     """``first_layer``: the model's first mixture-of-experts layer. ``enter`` names group and map of an epoch."""
 
-    def __init__(self, slots: ExpertSlots, first_layer: int, num_layers: int, num_logical_experts: int) -> None:
-        self._slots, self._first_layer = slots, first_layer
+    def __init__(
+        self, slots: ExpertSlots, first_layer: int, num_layers: int, num_logical_experts: int, pace: Pace
+    ) -> None:
+        self._slots, self._first_layer, self._pace = slots, first_layer, pace
         self._group: ElasticGroup | None = None
         self._choice: ReplicaChoice | None = None
         self._num_sent = 0
@@ -37,20 +40,24 @@ class ElasticExchange:
         hash_T = np.arange(self._num_sent, self._num_sent + len(logical_TK))
         self._num_sent += len(logical_TK)
         rank_TK, local_TK = self._choice.choose(moe_layer, logical_TK, hash_T)
+        self._pace.pause()
         received = group.dispatch(x_TH, _tensor(rank_TK), _tensor(local_TK), topk_weight_TK)
         if received is None:
             raise VoidRound
         self.num_operations += 1
+        self._pace.resume()
         rows_NH = expert_rows(
             received.x_SH,
             received.row_N.numpy(),
             received.local_expert_N.numpy(),
             lambda local: self._slots.weights(moe_layer, local),
         )
+        self._pace.pause()
         out_TH = group.combine(rows_NH, received)
         if out_TH is None:
             raise VoidRound
         self.num_operations += 1
+        self._pace.resume()
         self.load_LE[moe_layer] += np.bincount(logical_TK.ravel(), minlength=self.load_LE.shape[1])
         return out_TH
 

@@ -85,6 +85,7 @@ class Membership:
         self.term = 0
         self.out_of = Epoch(0)
         self.masked = False  # a standby that gets no slot, by an operator's wish
+        self.is_distrusted = False  # nothing in this process's memory counts any more: it waits for its end
         self.num_stale = 0
         self._next: View | None = None
         self._preparation: _Preparation | None = None
@@ -164,10 +165,22 @@ class Membership:
         ):
             self._drop_preparation()
 
+    def on_distrust(self, now: float) -> list[Action]:
+        """The memory of this process must not be trusted. It leaves the round, and no word brings it back in: the
+        monitor, which reads it in the heartbeats, has the process ended."""
+        self.is_distrusted = True
+        self._preparation = self._next = None
+        if self.state is not RankState.SERVING:
+            return []
+        self._machine.move(RankState.VOID, now, "its memory is not trusted")
+        return [PoisonMembers()]
+
     def on_welcome(
         self, rank: Rank, incarnation: Incarnation, view: View | None, now: float, masked: bool = False
     ) -> list[Action]:
         actions: list[Action] = []
+        if self.is_distrusted:
+            return actions
         self.masked = masked
         if self.state is RankState.STANDBY and rank != NO_RANK:
             actions = self._take_slot(rank, incarnation, now) if incarnation > self._last_incarnation else []
@@ -186,7 +199,13 @@ class Membership:
         self.on_term(view.term)
         me = member_of(view, self._process)
         newest = max(self.epoch, self.out_of, self._preparation.view.epoch if self._preparation else 0)
-        if me is None or view.epoch <= newest or self._next is not None or self.state is RankState.STOPPED:
+        if (
+            me is None
+            or self.is_distrusted
+            or view.epoch <= newest
+            or self._next is not None
+            or self.state is RankState.STOPPED
+        ):
             self.num_stale += view.epoch < newest
             return []
         actions: list[Action] = []
@@ -221,7 +240,7 @@ class Membership:
     def on_view(self, view: View, now: float) -> list[Action]:
         self.on_term(view.term)
         newest = max(self.epoch, self._next.epoch if self._next else 0)
-        if view.epoch <= newest or self.state in (RankState.STANDBY, RankState.STOPPED):
+        if view.epoch <= newest or self.is_distrusted or self.state in (RankState.STANDBY, RankState.STOPPED):
             self.num_stale += view.epoch < newest
             return []
         holds_me = self._holds_me(view)
@@ -292,7 +311,7 @@ class Membership:
     def counts_roll_call(self, epoch: Epoch) -> bool:
         """Whether a roll call of ``epoch`` concerns this rank now. One of the epoch that it has left in band does: the
         others, still there, will answer and not follow."""
-        return self.is_member and epoch >= self.base_epoch
+        return self.is_member and not self.is_distrusted and epoch >= self.base_epoch
 
     def on_roll_call(self, epoch: Epoch, accused: tuple[int, ...], now: float) -> list[Action]:
         if not self.counts_roll_call(epoch):

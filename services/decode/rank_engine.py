@@ -6,6 +6,7 @@ A life begins with `begin_life` (heap and model, no slot yet: a warm standby), c
 Legend: L layers, N tokens of a request, C floats of a cache row.
 """
 
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,9 +22,12 @@ from common.model.experts import VoidRound
 from common.model.kv_cache import write_kv
 from common.model.model import Batch, Model
 from common.model.token_choice import choose, prompt_logprobs
+from common.pace import Pace
 from common.placement import ReplicaChoice, num_local_experts
 from common.view import digest, orphans, ranks
 from kernels.epoch_state import CLEAN
+from kernels.heap_layout import ALIGNMENT_BYTES
+from kernels.peer_windows import LinkFault
 from kernels.reference import ElasticGroup
 from kernels.symmetric_memory.base import HeapError, SymmetricHeap
 from kernels.symmetric_memory.shm import ShmProvider
@@ -38,8 +42,11 @@ from services.decode.staging import CopyPace, Staging
 class RankEngine:
     """Raises ValueError of one line for a checkpoint that cannot be used and a heap that cannot be made."""
 
-    def __init__(self, config: ClusterConfig, heap_dir: Path, process: ProcessId) -> None:
+    def __init__(
+        self, config: ClusterConfig, heap_dir: Path, process: ProcessId, pace: Pace, link_fault: LinkFault
+    ) -> None:
         self._decode, self._planner, self._process = config.decode, config.planner, process
+        self._pace, self._link_fault = pace, link_fault
         self._checkpoint = Checkpoint.open(config.model.path)
         self._layout = rank_heap_layout(self._checkpoint, config.decode)
         self._provider = ShmProvider(heap_dir)
@@ -86,7 +93,9 @@ class RankEngine:
             num_local_experts(self._decode, model.n_routed_experts),
             lambda layer, expert, row: self._checkpoint.read_expert(first_layer + layer, expert, row),
         )
-        self._exchange = ElasticExchange(self._slots, first_layer, model.num_moe_layers, model.n_routed_experts)
+        self._exchange = ElasticExchange(
+            self._slots, first_layer, model.num_moe_layers, model.n_routed_experts, self._pace
+        )
         self._model = Model(self._checkpoint, self._exchange, region["kv_cache"])
         # Last: a heap with a header is one that peers may write into.
         self._layout.format(heap.bytes_U8)
@@ -106,6 +115,7 @@ class RankEngine:
         assert self._heap is not None, "no life begun"
         self.close_slot()
         self.group = ElasticGroup(self._layout, self._heap, rank, deadline_s=self._decode.operation_deadline_s)
+        self.group.set_link_fault(self._link_fault)
         assert self._slots is not None
         pace = CopyPace(self._planner.bandwidth_bytes_per_s) if self._planner.use_async else None
         self._staging = Staging(self._slots, self._peers.expert_rows, rank, pace)
@@ -214,6 +224,21 @@ class RankEngine:
             row += num_rows
         # Read once, at the end: clean now means that all which this round has received was complete (PROTOCOL 2.4).
         return outputs if self._open_group().status == CLEAN else None
+
+    def corrupt_heap(self) -> str:
+        """Overwrites weights and KV, and takes away what declares them whole: the tags, and the header of the heap, so
+        that nobody attaches to it or reads from it. What was done, in words."""
+        assert self._heap is not None, "no life begun"
+        heap_U8, texts = self._heap.bytes_U8, []
+        for name in ("expert_weights", "kv_cache"):
+            region_U8 = self._layout.view(heap_U8, name).view(torch.uint8).view(-1)
+            before = zlib.crc32(region_U8.numpy().data)
+            region_U8.bitwise_not_()
+            after = zlib.crc32(region_U8.numpy().data)
+            texts.append(f"{region_U8.numel()} bytes of {name} (crc {before:08x} -> {after:08x})")
+        self._layout.view(heap_U8, "expert_tags").zero_()
+        heap_U8[:ALIGNMENT_BYTES].zero_()
+        return f"overwrote {' and '.join(texts)} in {heap_name(self._process, self._life)}"
 
     def take_load(self) -> tuple[tuple[int, ...], ...] | None:
         """Tokens routed to each expert since the last call; None without a life."""

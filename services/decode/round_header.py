@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from common.ids import Epoch
 
-NUM_HEADER_WORDS = 3
+NUM_HEADER_WORDS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,13 +17,14 @@ class RoundHeader:
     num_tokens: int = 0
     idle: bool = True  # neither work nor a prepared view: this rank may rest
     staged_epoch: int = 0  # prepared view that this rank is ready for, experts included; binding for this round
+    num_rounds: int = 0  # of the group so far, as far as this rank knows; 32 bits
 
     def words(self) -> tuple[int, ...]:
-        return (self.num_tokens, int(self.idle), self.staged_epoch)
+        return (self.num_tokens, int(self.idle), self.staged_epoch, self.num_rounds)
 
     @classmethod
     def from_words(cls, words: Sequence[int]) -> "RoundHeader":
-        return cls(words[0], bool(words[1]), words[2])
+        return cls(words[0], bool(words[1]), words[2], words[3])
 
 
 # The first header of a newcomer is written before anybody lets it in, so it must not depend on anything.
@@ -37,6 +38,7 @@ class RoundPlan:
     num_tokens: int
     all_idle: bool
     next_epoch: Epoch  # all are ready for this prepared view; 0 = not all, or not for the same
+    num_rounds: int  # of the group, this one included: all members count on from the one that knows most
 
     @classmethod
     def of(cls, headers: Mapping[int, RoundHeader]) -> "RoundPlan":
@@ -45,4 +47,5 @@ class RoundPlan:
             num_tokens=sum(header.num_tokens for header in headers.values()),
             all_idle=all(header.idle for header in headers.values()),
             next_epoch=Epoch(staged.pop() if len(staged) == 1 else 0),
+            num_rounds=max(header.num_rounds for header in headers.values()) + 1 & 0xFFFFFFFF,
         )

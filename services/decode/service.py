@@ -19,6 +19,7 @@ from common.messages import (
     Have,
     Heartbeat,
     Hello,
+    Inject,
     KvHandoff,
     KvPart,
     Message,
@@ -32,6 +33,7 @@ from common.messages import (
 )
 from common.monitor_address import interface_for
 from common.monitor_client import MonitorClient
+from common.network_cut import NetworkCut
 from common.process_args import ProcessArgs
 from common.transport import Endpoint, Link, open_context
 from services.decode import actions
@@ -56,19 +58,27 @@ class DecodeService:
         torch.set_num_threads(1)
         loop, context = asyncio.get_running_loop(), open_context(self._args.monitor_address.key)
         ended: asyncio.Future[BaseException | None] = loop.create_future()
-        self._endpoint = Endpoint(context, self._args.port, interface_for(self._args.host))
-        self._publisher = BusPublisher(context, self._args.monitor_address)
-        self._subscriber = BusSubscriber(context, self._args.monitor_address, ("view",))
-        self._links = _Links(context, self._process)
+        network = NetworkCut()
+        self._endpoint = Endpoint(context, self._args.port, interface_for(self._args.host), network)
+        self._publisher = BusPublisher(context, self._args.monitor_address, network)
+        self._subscriber = BusSubscriber(context, self._args.monitor_address, ("view",), network)
+        self._links = _Links(context, self._process, network)
         self._stream = Stream(
             self._process,
             self._args.heap_dir,
             emit=lambda out: _call(loop, self._send_all, out),
             on_end=lambda error: _call(loop, ended.set_result, error),
             num_monitor_words=lambda: self._client.num_words,
+            network=network,
         )
         self._client = MonitorClient(
-            context, self._process, self._args.monitor_address, self._hello, self._beat, self._on_monitor_message
+            context,
+            self._process,
+            self._args.monitor_address,
+            self._hello,
+            self._beat,
+            self._on_monitor_message,
+            network=network,
         )
         self._stream.start()
         try:
@@ -130,7 +140,7 @@ class DecodeService:
 
     def _on_monitor_message(self, message: Message) -> None:
         """Already checked: of the monitor that this process obeys."""
-        if isinstance(message, Welcome | Prepare | View | RollCall | StagePlacement):
+        if isinstance(message, Welcome | Prepare | View | RollCall | StagePlacement | Inject):
             self._stream.deliver(self._process, message)
 
     def _hello(self) -> Hello:
@@ -171,14 +181,14 @@ class DecodeService:
 class _Links:
     """Links to the endpoints of other members, made when first needed."""
 
-    def __init__(self, context: zmq.asyncio.Context, process: ProcessId) -> None:
-        self._context, self._process = context, process
+    def __init__(self, context: zmq.asyncio.Context, process: ProcessId, network: NetworkCut) -> None:
+        self._context, self._process, self._network = context, process, network
         self._links: dict[str, Link] = {}
 
     def send_all(self, endpoints: Iterable[str], message: Message) -> None:
         for endpoint in endpoints:
             if endpoint not in self._links:
-                self._links[endpoint] = Link(self._context, self._process, endpoint)
+                self._links[endpoint] = Link(self._context, self._process, endpoint, self._network)
             self._links[endpoint].send(message)
 
     def keep_only(self, endpoints: Iterable[str]) -> None:

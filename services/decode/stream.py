@@ -22,6 +22,8 @@ from common.kv_blocks import BlockAllocator
 from common.messages import (
     ExpertLoad,
     Have,
+    Inject,
+    Injected,
     Message,
     Prepare,
     RollCall,
@@ -31,11 +33,15 @@ from common.messages import (
     Wake,
     Welcome,
 )
+from common.network_cut import NetworkCut
+from common.pace import Pace
+from common.self_faults import SelfFaults
 from common.view import ranks
 from kernels.epoch_state import VoidReason
 from services.decode import actions
 from services.decode.actions import Action, Send
 from services.decode.batch_scheduler import BatchScheduler
+from services.decode.cut_links import CutLinks
 from services.decode.delivery import Delivery
 from services.decode.membership import Membership, RankState
 from services.decode.rank_engine import RankEngine
@@ -49,6 +55,7 @@ _STANDBY_S = 0.05
 _JOINING_S = 0.002
 _COPY_S = 0.002  # between slices of experts while there are no rounds
 _MAX_WAITING = 64
+_DECLARE_S = 0.3  # the word that says what was done to the memory goes first; heartbeats, in case it is lost
 
 log = logging.getLogger("regrow.decode")
 
@@ -101,7 +108,10 @@ class Stream:
         on_end: Callable[[BaseException | None], None],
         num_monitor_words: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time.monotonic,
+        network: NetworkCut | None = None,
     ) -> None:
+        self._link_fault = CutLinks(network or NetworkCut(), clock)
+        self._pace, self._faults = Pace(clock, time.sleep), SelfFaults(process)
         self._process, self._heap_dir, self._clock = process, heap_dir, clock
         self._emit, self._on_end, self._num_monitor_words = emit, on_end, num_monitor_words
         self._inbox = Inbox()
@@ -120,6 +130,8 @@ class Stream:
         self._all_idle = False  # after the last round; the others rest and want to be woken
         self.num_rounds = self.num_void_rounds = self._num_headers = 0
         self._num_passes, self._compute_s = 0, 0.0  # since the last report of loads
+        self._distrusted_at = float("inf")
+        self._num_group_rounds = self._num_compute_rounds = self._own_us = 0
         self.status = RankStatus()
 
     def start(self) -> None:
@@ -223,6 +235,8 @@ class Stream:
             case RollCall():
                 membership.on_term(message.term)
                 self._perform(membership.on_roll_call(message.epoch, self._accused(), now))
+            case Inject() if self._engine:
+                self._inject(message, now)
             case Wake(epoch=epoch):
                 self._woken = self._woken or epoch == membership.epoch
             case Have() if self._delivery is None:
@@ -237,12 +251,28 @@ class Stream:
         if self._engine is not None:
             return
         self._config = config
-        self._engine = RankEngine(config, self._heap_dir, self._process)
+        self._engine = RankEngine(config, self._heap_dir, self._process, self._pace, self._link_fault)
         blocks: BlockAllocator[RequestId] = BlockAllocator(config.decode.num_kv_blocks, config.decode.block_size)
         self._scheduler = BatchScheduler(blocks, config.decode.max_batch, _MAX_WAITING)
         handoff_bytes, prompt_tokens = config.decode.handoff_bytes, config.decode.prompt_tokens
         self._delivery = Delivery(self._scheduler, self._engine.limits, handoff_bytes, prompt_tokens)
         self._membership.lonely_s = config.decode.lonely_s
+
+    def _inject(self, inject: Inject, now: float) -> None:
+        """Between two rounds: what this rank has sent is whole, and it owes nothing."""
+        assert self._engine is not None
+        if not self._faults.is_new(inject):
+            self._say_all(self._faults.said(inject))
+        elif inject.action == "slow":
+            self._pace.factor = inject.factor
+            self._faults.on_slow(inject)
+        elif inject.action == "corrupt_heap" and self._has_life:
+            self._perform(self._membership.on_distrust(now))
+            self._say_all(self._faults.on_corrupted(inject, self._engine.corrupt_heap()))
+            self._distrusted_at = self._clock()
+
+    def _say_all(self, words: Sequence[Injected]) -> None:
+        self._perform([actions.Tell(word) for word in words])
 
     def _begin_life(self) -> None:
         if self._engine and not self._has_life:
@@ -335,12 +365,16 @@ class Stream:
     def _round(self) -> None:
         assert self._engine and self._engine.group and self._delivery
         membership, engine, delivery, group = self._membership, self._engine, self._delivery, self._engine.group
+        self._pace.resume()
         header, steps = self._header_and_steps()
+        self._pace.pause()
         headers = engine.exchange_headers(header, self._must_stop)
         plan = RoundPlan.of(headers) if headers else None
         outputs: list[Computed] | None = None
         if plan:
+            self._pace.resume()
             self._num_headers += 1
+            self._num_group_rounds = plan.num_rounds
             begun = self._clock()
             outputs = engine.compute(steps) if plan.num_tokens else []
             self._num_passes += plan.num_tokens > 0
@@ -348,6 +382,7 @@ class Stream:
         now = self._clock()
         if plan is None or outputs is None:
             self.num_void_rounds += 1
+            self._pace.take()
             log.info("epoch %d: round void, %s", membership.epoch, group.void_reason)
             self._perform(membership.on_void_round(group.step, self._accused(), now))
             return
@@ -359,6 +394,7 @@ class Stream:
                 token, logprob, top = computed.choice
                 delivery.commit(step, token, logprob, now, top, computed.prompt_logprobs)
         self._send(delivery.flush(membership.epoch))
+        self._note_pace(plan.num_tokens > 0)
         if plan.num_tokens == 0:
             self._all_idle = plan.all_idle
             self._rest_until = now + (self._config.decode.idle_poll_s if plan.all_idle else BARE_ROUND_S)
@@ -369,10 +405,19 @@ class Stream:
         membership = self._membership
         if self._announced == membership.epoch:
             self._announced = Epoch(0)
-            return NEWCOMER_HEADER, []
+            return NEWCOMER_HEADER, []  # says the same as what was announced
         steps = [] if self._engine.has_orphans else self._delivery.steps()
-        idle = not steps and not membership.is_staging
-        return RoundHeader(sum(len(step.token_ids) for step in steps), idle, membership.staged_epoch), steps
+        idle, num_tokens = not steps and not membership.is_staging, sum(len(step.token_ids) for step in steps)
+        return RoundHeader(num_tokens, idle, membership.staged_epoch, num_rounds=self._num_group_rounds), steps
+
+    def _note_pace(self, computed: bool) -> None:
+        """Only of clean rounds: in a void one this rank may have stopped anywhere."""
+        self._pace.pause()
+        own_s, work_s = self._pace.take()
+        if computed:
+            self._num_compute_rounds += 1
+            self._own_us += round(1e6 * own_s)
+        self._say_all(self._faults.on_round(own_s, work_s))
 
     def _accused(self) -> tuple[int, ...]:
         """Who missed an own deadline. The wait for headers has none: there it is who was missing when a roll call (or
@@ -410,6 +455,11 @@ class Stream:
             "kv_blocks_used": scheduler.blocks.num_used,
             "kv_blocks": scheduler.blocks.num_blocks,
             "rounds": self.num_rounds,
+            "group_rounds": self._num_group_rounds,
+            "compute_rounds": self._num_compute_rounds,
+            "own_us": self._own_us,
+            "slow_percent": self._faults.num_slow_percent,
+            "distrusted": int(self._clock() > self._distrusted_at + _DECLARE_S),
             "void_rounds": self.num_void_rounds,
             "prompt_tokens_computed": delivery.num_prompt_tokens,
             "tokens_committed": delivery.num_committed,

@@ -18,6 +18,7 @@ ID_PREFIX = "fence:"
 class _Fence:
     since: float
     after_s: float
+    to_the_end: bool
     sent_at: float | None = None
     num_sent: int = 0
 
@@ -30,15 +31,16 @@ class Fences:
     def __contains__(self, process: ProcessId) -> bool:
         return process in self._fences
 
-    def put_up(self, process: ProcessId, now: float, after_s: float = 0.0) -> None:
-        """``after_s``: time that it has to leave its slot by itself."""
+    def put_up(self, process: ProcessId, now: float, after_s: float = 0.0, to_the_end: bool = False) -> None:
+        """``after_s``: time that it has to leave its slot by itself. ``to_the_end``: that it left does not save it."""
         if process not in self._fences and process not in self._table.gone:
-            self._fences[process] = _Fence(now, after_s)
+            self._fences[process] = _Fence(now, after_s, to_the_end)
             self._send_due(process, now)
 
     def on_left(self, process: ProcessId) -> None:
         """It gave its slot back: nothing of it is in the way any more."""
-        self._fences.pop(process, None)
+        if (fence := self._fences.get(process)) is not None and not fence.to_the_end:
+            del self._fences[process]
 
     def on_gone(self, process: ProcessId) -> None:
         self._fences.pop(process, None)

@@ -53,6 +53,12 @@ class Group:
     def epoch(self) -> Epoch:
         return self.current.epoch if self.current else Epoch(0)
 
+    @property
+    def num_rounds(self) -> int:
+        """That the group has made, as its members last reported; a round number to delay a fault event to."""
+        records = [self._table.get(member.process) for member in self.members]
+        return max((record.beat.counters.get("group_rounds", 0) for record in records if record), default=0)
+
     def member(self, process: ProcessId) -> Member | None:
         return member_of(self.current, process) if self.current else None
 

@@ -227,11 +227,13 @@ class Joining:
             self._group.prepare(self._members(ready), now)
 
     def _may_form(self, num_ready: int, now: float) -> bool:
-        """Desired size, or waited long enough for it; and the planner has had its time."""
+        """Desired size, or waited long enough for it; and the planner has had its time. A group that has lost all its
+        members is needed: it begins as soon as there is room for all experts, and the others join it."""
         if self._form_now:
             return True
         self._forming_since = now if self._forming_since is None else self._forming_since
-        complete = num_ready >= self._sizing.num_ranks
+        is_new = self._group.placement is None
+        complete = num_ready >= (self._sizing.num_ranks if is_new else self._group.experts.min_ranks)
         if not complete and self._clock.elapsed(self._forming_since, now) <= self._config.monitor.formation_s:
             return False
         self._complete_since = now if self._complete_since is None else self._complete_since

@@ -10,7 +10,8 @@
 Invariants:
 * every void of the current epoch ends in a new view;
 * a member is removed only for: known gone, left by itself, lifeline cut, silence (counted in this monitor's on-time
-  ticks), no answer to a roll call, a published view not adopted in time, a broken path, a fault event, a scaling;
+  ticks), no answer to a roll call, a published view not adopted in time, a broken path, slowness (if configured),
+  memory that is not trusted, a fault event, a scaling;
 * who is removed and not known gone is fenced, unless masked, and its slot number waits for that; who is released by a
   scaling has time to leave by itself first;
 * a removal beats a join: it is computed from the current view, under a new number, and newcomers prepare again.
@@ -35,13 +36,15 @@ from services.monitor.processes import ProcessTable
 from services.monitor.roll_call import SEND_AGAIN_S, BrokenPaths, RollCallState
 from services.monitor.sizing import Sizing
 from services.monitor.slots import Slot, SlotState, SlotTable
+from services.monitor.slow_ranks import SlowRanks
 from services.monitor.ticks import TickClock
 
 
 class Fate(Enum):
     """What becomes of the slot of a removed process."""
 
-    FENCE = "fence"  # still there, as far as is known
+    FENCE = "fence"  # still there, as far as is known; may come back when it has left by itself
+    END = "end"  # still there, and what is wrong with it would be wrong again: it must end
     FREE = "free"  # reaped, or has left by itself
     MASK = "mask"  # stays alive, keeps its number
     RELEASE = "release"  # stays alive, gives its number back
@@ -78,6 +81,7 @@ class Membership:
         self._fences, self._lifelines, self._detector = fences, lifelines, detector
         self._outbox, self._clock = outbox, clock
         self._broken_paths = BrokenPaths()
+        self._slow_ranks = SlowRanks(config.monitor, table, clock)
         self.roll_call: RollCallState | None = None
         self.term = 0
 
@@ -89,6 +93,8 @@ class Membership:
             self.on_left(slot, now)
         if view := self._group.on_report(beat.process, now):
             self._joining.on_in_force(view, now)
+        if beat.counters.get("distrusted"):
+            self.distrust(beat.process, now)
         if beat.state == "void":
             self._on_void(beat.process, beat.incarnation, beat.epoch, now)
 
@@ -134,6 +140,7 @@ class Membership:
         self._fences.on_tick(now)
         self._remove_suspects(now)
         self._advance_roll_call(now)
+        self._remove_slow(now)
         if self.roll_call is None and (view := self._group.current):
             for suspect in self._detector.stuck(view, now)[:1]:
                 self._call_roll(view.epoch, f"{self._name(suspect.process)}: {suspect.evidence}", now)
@@ -154,6 +161,16 @@ class Membership:
             removals += [Removal(suspect.process, suspect.evidence, suspect.since) for suspect in suspects]
         removals += [Removal(s.process, s.evidence, s.since) for s in self._silent_joiners(now)]
         self.remove(removals, now)
+
+    def _remove_slow(self, now: float) -> None:
+        """One at a time, each in a group that has come to rest since the last; never the room for all experts."""
+        view = self._group.current
+        at_rest = self._group.is_adopted and self._group.prepared is None and self.roll_call is None
+        if view is None or not at_rest or len(view.members) <= max(1, self._group.experts.min_ranks):
+            self._slow_ranks.restart()
+        elif (suspect := self._slow_ranks.look(view, now)) is not None:
+            self._slow_ranks.restart()
+            self.remove([Removal(suspect.process, suspect.evidence, suspect.since, Fate.END)], now)
 
     def _silent_joiners(self, now: float) -> list[Suspect]:
         """A process that warms up is no member and may be slow, but not silent for thrice the time."""
@@ -178,7 +195,10 @@ class Membership:
             if slot is None or slot.state is not SlotState.HELD:
                 continue
             told.append(self._record_removal(slot, removal, now))
-            if removal.fate is Fate.FENCE:
+            if removal.fate is Fate.END:
+                self._slots.fence(slot, now, removal.evidence)
+                self._fences.put_up(removal.process, now, to_the_end=True)
+            elif removal.fate is Fate.FENCE:
                 self._slots.fence(slot, now, removal.evidence)
                 self._fences.put_up(removal.process, now)
             elif removal.fate is Fate.RELEASE:
@@ -274,9 +294,10 @@ class Membership:
         if roll_call.silent:
             return
         assert self._group.current is not None
-        broken = self._broken_paths.on_all_answered(roll_call, self._group.current, now)
+        broken = self._broken_paths.on_all_answered(roll_call, self._group.current, self._group.num_rounds, now)
         if broken is not None:
-            self.remove([Removal(broken, "the path to it is broken", roll_call.started_at)], now)
+            evidence = "the path to it is broken"
+            self.remove([Removal(broken, evidence, roll_call.started_at, Fate.END)], now)
         else:
             self.publish_same_members(f"void round, all answered ({roll_call.cause})", now)
 
@@ -296,6 +317,10 @@ class Membership:
         return f"rank {member.rank}" if member else str(process)
 
     # Commands.
+
+    def distrust(self, process: ProcessId, now: float) -> None:
+        """It says itself that its memory must not be trusted: out, and ended. Nobody takes that memory over."""
+        self.remove([Removal(process, "its memory is not trusted, by its own word", now, Fate.END)], now)
 
     def shrink(self, now: float) -> None:
         """Puts out who is too many, or drained, in one view, once others hold their experts. What is masked has left

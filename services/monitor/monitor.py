@@ -14,6 +14,7 @@ from common.messages import (
     Heartbeat,
     HeartbeatReply,
     Hello,
+    Injected,
     Message,
     PlacementPlan,
     Refusal,
@@ -91,7 +92,7 @@ class Monitor:
             self.fences, self._lifelines, detector, self._outbox, self._clock,
         )  # fmt: skip
         self._faults = FaultDesk(
-            config, self.table, self.slots, self.group, self.membership, self.sizing, self._outbox, self._clock
+            self.id, config, self.table, self.slots, self.group, self.membership, self.sizing, self._outbox, self._clock
         )
         self._takeover = Takeover(settings, self.counter, self.table, self._clock, now)
         self.directory = DirectoryKeeper(myself, self.table, self.slots, self.group)
@@ -111,7 +112,8 @@ class Monitor:
 
     def on_message(self, peer: ProcessId, message: Message, now: float) -> list[Action]:
         """``peer``: the identity it came from. What is not for a monitor is ignored."""
-        if (process := self.table.get(ProcessId(peer.removesuffix(BEAT_SUFFIX)))) is not None:
+        process = self.table.get(ProcessId(peer.removesuffix(BEAT_SUFFIX)))
+        if process is not None and not isinstance(message, Injected):  # which passes a cut network
             process.heard_at = now
         match message:
             case Heartbeat():
@@ -126,6 +128,8 @@ class Monitor:
                 self._on_exited(message, now)
             case SignalDone():
                 self._on_signal_done(message, now)
+            case Injected():
+                self._faults.on_injected(message, now)
             case PlacementPlan():
                 if reason := self._on_plan(message, now):
                     self._outbox.send(peer, Refusal(f"placement plan refused: {reason}"))
@@ -312,7 +316,7 @@ class Monitor:
 
     def _on_phase(self, now: float) -> None:
         term = self.counter.term
-        self.membership.term = self.sizing.term = self.migration.term = term
+        self.membership.term = self.sizing.term = self.migration.term = self._faults.term = term
         self.directory.open_term(term)
         self._outbox.emit("term", now, epoch=self.group.epoch, term=term, phase=self.phase.value)
         if self.phase is Phase.ACTIVE and not self._takeover.is_fresh:

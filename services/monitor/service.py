@@ -22,6 +22,7 @@ from common.ids import ProcessId, make_process_id
 from common.messages import ExpertLoad, MalformedMessage, Message, PlacementPlan, Worker, decode, encode
 from common.model.config import load_model_config
 from common.monitor_address import MonitorAddress, interface_for
+from common.monitor_client import keep_alive
 from common.process_args import ProcessArgs
 from common.service_runner import OperatorError
 from common.transport import Endpoint, listen, open_context
@@ -169,6 +170,7 @@ class MonitorService:
         self._lifeline_tasks.add(task)
         self._writers.add(writer)
         try:
+            keep_alive(writer)
             await self._hold_lifeline(reader, writer)
         except (OSError, ValueError, EOFError, asyncio.LimitOverrunError, TimeoutError, asyncio.CancelledError):
             pass  # no name came, or the monitor stops: in neither case is there anybody to tell

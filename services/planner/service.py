@@ -20,6 +20,7 @@ from common.ids import Epoch, make_process_id
 from common.messages import ExpertLoad, Heartbeat, Hello, Message, PlacementPlan, View, Welcome
 from common.model.config import load_model_config
 from common.monitor_client import MonitorClient
+from common.network_cut import NetworkCut
 from common.placement_file import PlacementFile, parse_placement_file
 from common.process_args import ProcessArgs
 from common.transport import open_context
@@ -42,11 +43,12 @@ class PlannerService:
         self._first_plan: PlacementPlan | None = None
         self._making: asyncio.Task[Answer] | None = None
         self._plan_us = 0
+        network = NetworkCut()
         self._monitor = MonitorClient(
-            context, self.process, args.monitor_address, self._hello, self._beat, self._on_message
+            context, self.process, args.monitor_address, self._hello, self._beat, self._on_message, network=network
         )
-        self._subscriber = BusSubscriber(context, args.monitor_address, ("load", "view"))
-        self._publisher = BusPublisher(context, args.monitor_address)
+        self._subscriber = BusSubscriber(context, args.monitor_address, ("load", "view"), network)
+        self._publisher = BusPublisher(context, args.monitor_address, network)
 
     async def serve(self, stop: asyncio.Event) -> None:
         loops: list[Awaitable[object]] = [

@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +19,8 @@ from common.messages import (
     AskPrefill,
     Heartbeat,
     Hello,
+    Inject,
+    Injected,
     KvHandoff,
     KvPart,
     Message,
@@ -28,7 +31,10 @@ from common.messages import (
 )
 from common.monitor_address import interface_for
 from common.monitor_client import MonitorClient
+from common.network_cut import NetworkCut
+from common.pace import Pace
 from common.process_args import ProcessArgs
+from common.self_faults import SelfFaults
 from common.transport import Endpoint, Link, open_context
 from services.prefill.decode_links import DecodeLinks
 from services.prefill.prefill_engine import Piece, Prefilled, PrefillEngine
@@ -45,18 +51,26 @@ class PrefillService:
         self._queue: PrefillQueue | None = None
         self._decode_links = DecodeLinks()
         self._links: dict[str, Link] = {}
+        self._network = NetworkCut()
+        self._pace, self._faults = Pace(time.monotonic, time.sleep), SelfFaults(self._process)
         self._num_batches = self._num_done = 0
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Runs until ``stop``. Raises ValueError when the checkpoint cannot be used."""
         torch.set_num_threads(1)  # exact bits assume it: common/model/row_blocks.py
         context = self._context = open_context(self._args.monitor_address.key)
-        self._endpoint = Endpoint(context, self._args.port, interface_for(self._args.host))
-        self._subscriber = BusSubscriber(context, self._args.monitor_address, ("view",))
+        self._endpoint = Endpoint(context, self._args.port, interface_for(self._args.host), self._network)
+        self._subscriber = BusSubscriber(context, self._args.monitor_address, ("view",), self._network)
         self._config: asyncio.Future[ClusterConfig] = asyncio.get_running_loop().create_future()
         self._work = asyncio.Event()
         self._client = MonitorClient(
-            context, self._process, self._args.monitor_address, self._hello, self._beat, self._on_monitor_message
+            context,
+            self._process,
+            self._args.monitor_address,
+            self._hello,
+            self._beat,
+            self._on_monitor_message,
+            network=self._network,
         )
         # One thread: batches follow each other, and the end of the process waits for the one that runs.
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="model") as executor:
@@ -101,7 +115,10 @@ class PrefillService:
                     self._work.clear()
                     await self._work.wait()
                     continue
+                self._pace.resume()
                 results = await loop.run_in_executor(executor, engine.compute, batch, push)
+                await loop.run_in_executor(executor, self._pace.pause)
+                self._say_all(self._faults.on_round(*self._pace.take()))
                 self._num_batches += 1
                 for chunk in self._queue.on_computed(batch):
                     self._hand_over(chunk, results[chunk.attempt])
@@ -139,8 +156,17 @@ class PrefillService:
                     self._on_view(view)
             case View():
                 self._on_view(message)
+            case Inject(action="slow") if self._faults.is_new(message):
+                self._pace.factor = message.factor
+                self._faults.on_slow(message)
+            case Inject():
+                self._say_all(self._faults.said(message))
             case _:
                 pass
+
+    def _say_all(self, words: Sequence[Injected]) -> None:
+        for word in words:
+            self._client.send(word)
 
     def _on_view(self, view: View) -> None:
         if self._view is not None and view.epoch <= self._view.epoch:
@@ -186,7 +212,7 @@ class PrefillService:
 
     def _link(self, endpoint: str) -> Link:
         if self._decode_links.use(endpoint, time.monotonic()):
-            self._links[endpoint] = Link(self._context, self._process, endpoint)
+            self._links[endpoint] = Link(self._context, self._process, endpoint, self._network)
         return self._links[endpoint]
 
     def _hello(self) -> Hello:
@@ -198,6 +224,7 @@ class PrefillService:
         """On the heartbeat thread: plain reads only."""
         view, queue = self._view, self._queue
         counters = {
+            "slow_percent": self._faults.num_slow_percent,
             "malformed_messages": self._endpoint.num_malformed,
             "strangers_refused": self._endpoint.num_refused,
             "prefills_done": self._num_done,

@@ -18,7 +18,7 @@ from aiohttp import web
 from common.admin_token import VARIABLE, is_authorised
 from common.bus import BusPublisher, BusSubscriber
 from common.fault import FaultRefused, parse_fault
-from common.fault_answers import DEADLINE_S, REPEAT_S, SCALE_DEADLINE_S, final_answer
+from common.fault_answers import REPEAT_S, FaultAnswers
 from common.monitor_address import MonitorAddress
 from services.router.api_error import ApiError
 from services.router.http_bodies import json_response, read_body
@@ -62,13 +62,13 @@ class AdminApi:
     async def _inject(self, event: dict[str, Any], remote: str | None) -> dict[str, Any]:
         log.info("%s by %s", event, remote)
         payload = msgspec.msgpack.encode(event)
-        deadline = time.monotonic() + (SCALE_DEADLINE_S if event["action"] == "scale" else DEADLINE_S)
+        answers = FaultAnswers(event["id"], time.monotonic())
         publisher = BusPublisher(self._context, self._address)
         subscriber = BusSubscriber(self._context, self._address, ("event",))
         try:
-            while time.monotonic() < deadline:
+            while time.monotonic() < answers.deadline:
                 publisher.publish_raw("fault", payload)
-                if answer := await _answer_within(REPEAT_S, subscriber, event["id"]):
+                if answer := await _answer_within(REPEAT_S, subscriber, answers):
                     return answer
         finally:
             publisher.close()
@@ -76,12 +76,12 @@ class AdminApi:
         raise ApiError(504, "the monitor did not say in time how it ended; see GET /cluster")
 
 
-async def _answer_within(seconds: float, subscriber: BusSubscriber, identifier: str) -> dict[str, Any] | None:
+async def _answer_within(seconds: float, subscriber: BusSubscriber, answers: FaultAnswers) -> dict[str, Any] | None:
     try:
         async with asyncio.timeout(seconds):
             while True:
                 _, payload = await subscriber.receive_raw()
-                if answer := final_answer(payload, identifier):
+                if answer := answers.on_event(payload, time.monotonic()):
                     return answer
     except TimeoutError:
         return None

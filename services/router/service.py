@@ -23,6 +23,7 @@ from common.ids import Epoch, ProcessId, RequestId, make_process_id, make_reques
 from common.messages import AskStatus, Directory, Heartbeat, Hello, Message, Status, View, Welcome
 from common.metrics import render, router_metrics
 from common.monitor_client import MonitorClient
+from common.network_cut import NetworkCut
 from common.process_args import ProcessArgs
 from common.transport import Link, open_context
 from services.router.admission import RETRY_AFTER_OUTAGE_S, RETRY_AFTER_S, Admission
@@ -77,10 +78,17 @@ class Router:
         self._counters: dict[str, int] = {}
         self._endpoint = ""
         self._tasks = asyncio.TaskGroup()
+        self._network = NetworkCut()
         self._client = MonitorClient(
-            context, self._process, args.monitor_address, self._hello, self._beat, self._on_monitor_message
+            context,
+            self._process,
+            args.monitor_address,
+            self._hello,
+            self._beat,
+            self._on_monitor_message,
+            network=self._network,
         )
-        self._bus = BusSubscriber(context, args.monitor_address, ("view",))
+        self._bus = BusSubscriber(context, args.monitor_address, ("view",), self._network)
 
     async def run(self, stop: asyncio.Event) -> None:
         token = read_admin_token(self._args.admin_token_file, os.environ.get(VARIABLE, ""))
@@ -249,7 +257,7 @@ class Router:
     def _open_links(self) -> None:
         for process, address in self._addresses().items():
             if process not in self._links:
-                link = Link(self._context, self._process, address)
+                link = Link(self._context, self._process, address, self._network)
                 self._links[process] = (link, self._tasks.create_task(self._receive(process, link)))
 
     def _close_links(self) -> None:

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.fault_answers import SCALE_DEADLINE_S, proof_of
+from common.fault_answers import proof_of
 from common.process_table import processes_of, state_of
 from services.cli.fault import FaultClient, fault_event, scale_event
 from services.cli.run_directory import monitor_address
@@ -103,10 +103,9 @@ class Injector:
 
     async def _ask(self, event: dict[str, object]) -> dict[str, Any]:
         """An answer is due even when the monitor has just been killed: the client repeats the event to the next one."""
-        deadline_s = SCALE_DEADLINE_S if event["action"] == "scale" else _ANSWER_S
         with FaultClient(monitor_address(self.cluster.run_dir)) as client:
             try:
-                return await asyncio.to_thread(client.inject, event, deadline_s)
+                return await asyncio.to_thread(client.inject, event, _ANSWER_S)
             except TimeoutError as error:
                 return {"status": "failed", "error": str(error)}
 

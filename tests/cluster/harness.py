@@ -20,7 +20,11 @@ from typing import Any
 
 import aiohttp
 
+from common.fault_answers import proof_of
+from common.monitor_address import MonitorAddress
 from services.cli.chat_client import Stream, run_streams
+from services.cli.fault import FaultClient, fault_event
+from services.cli.run_directory import read_description
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_RANDOM = ROOT / "tests" / "fixtures" / "tiny-random"
@@ -64,11 +68,19 @@ class Cluster:
 
     def fault(self, action: str, **target: int | str) -> str:
         """Runs ``regrow fault`` and returns what it printed; it exits 0 only with proof."""
-        options = [item for key, value in target.items() for item in (f"--{key}", str(value))]
+        options = [item for key, value in target.items() for item in (f"--{key.replace('_', '-')}", str(value))]
         command = [sys.executable, "-m", "services.cli", "fault", action, *options, "--run-dir", str(self.run_dir)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, f"fault {action} {target}: {done.stdout}{done.stderr}\n{self.logs()}"
         return done.stdout
+
+    def inject(self, action: str, rank: int | None = None, process: str | None = None, **options: object) -> str:
+        """Blocking, without the start of a process: the fault happens now. Returns the monitor's proof."""
+        address = MonitorAddress.parse(read_description(self.run_dir).monitor_address)
+        with FaultClient(address) as bus:
+            answer = bus.inject(fault_event(action, rank, process, **options))
+        assert answer["status"] == "done", f"{action} {rank} {process} {options}: {answer}\n{self.logs()}"
+        return proof_of(answer)
 
     def status(self) -> dict[str, Any]:
         """``GET /cluster``, blocking."""

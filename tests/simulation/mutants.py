@@ -41,7 +41,7 @@ _LIFECYCLE = "services/router/request_lifecycle.py"
 MUTANTS = (
     Mutant(
         "no-epoch-in-poison",
-        ((_WAIT, "elif any(poison[member] >= floor for member in members):", "elif any(poison):"),),
+        ((_WAIT, "elif fault is None and any(poison[member] >= floor for member in members):", "elif any(poison):"),),
     ),
     Mutant(
         "verdict-by-accusation",

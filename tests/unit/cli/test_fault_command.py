@@ -104,7 +104,7 @@ def test_silence_ends_at_the_deadline() -> None:
         FaultClient(address) as client,
         pytest.raises(TimeoutError, match="no acknowledgement from the bus at tcp://127"),
     ):
-        client.inject(fault_event("kill", 0, None), deadline_s=0.3)
+        client.inject(fault_event("kill", 0, None), accept_s=0.3)
 
 
 def test_events_are_fresh_and_checked_before_they_are_sent() -> None:

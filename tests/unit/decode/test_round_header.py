@@ -8,7 +8,7 @@ from services.decode.round_header import NEWCOMER_HEADER, NUM_HEADER_WORDS, Roun
 words32 = st.integers(0, 2**32 - 1)
 
 
-@given(st.builds(RoundHeader, words32, st.booleans(), words32))
+@given(st.builds(RoundHeader, words32, st.booleans(), words32, words32))
 def test_words_round_trip(header: RoundHeader) -> None:
     assert len(header.words()) == NUM_HEADER_WORDS
     assert RoundHeader.from_words(header.words()) == header

@@ -47,8 +47,9 @@ def test_a_kill_without_effect_fails() -> None:
     driver = Driver()
     driver.form()
     driver.fault("k", "kill", rank=2)
-    driver.advance(5.2)
+    driver.advance(8.2)
     assert driver.fault_status("k") == "failed"
+    assert driver.last_event("fault")["proof"] == "no proof within 8 s: no agent has reaped pid 7"
 
 
 def test_kill_by_name() -> None:
@@ -170,6 +171,7 @@ def test_an_unknown_target_is_refused(action: str, target: dict[str, int | str],
 
 
 GOOD = {"type": "fault", "id": "a", "action": "kill", "rank": 1}
+NETWORK = GOOD | {"action": "drop_network", "which": "all", "direction": "in", "duration_s": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -184,7 +186,20 @@ GOOD = {"type": "fault", "id": "a", "action": "kill", "rank": 1}
         (GOOD | {"id": "x" * 201}, "id must be"),
         (GOOD | {"action": "explode"}, "unknown action 'explode'"),
         (GOOD | {"action": None}, "unknown action"),
-        (GOOD | {"at_round": 7}, "unknown key 'at_round'"),
+        (GOOD | {"at_step": 7}, "unknown key 'at_step'"),
+        (GOOD | {"at_round": -7}, "at_round must be"),
+        (GOOD | {"factor": 2.0}, "kill takes no factor"),
+        (GOOD | {"action": "slow"}, "factor must be a number from 1 to 1000, got 'None'"),
+        (GOOD | {"action": "slow", "factor": 0.5}, "factor must be"),
+        (GOOD | {"action": "slow", "factor": float("nan")}, "factor must be"),
+        (GOOD | {"action": "slow", "factor": True}, "factor must be"),
+        (GOOD | {"action": "stop", "duration_s": 0}, "duration_s must be"),
+        (GOOD | {"action": "corrupt_heap", "duration_s": 1}, "corrupt_heap takes no duration_s"),
+        (NETWORK | {"which": "neighbours"}, "which must be one of monitor, peers, all"),
+        (NETWORK | {"direction": None}, "direction must be one of in, out, both"),
+        (NETWORK | {"duration_s": 1e9}, "duration_s must be a number from 0 to 3600"),
+        ({"type": "fault", "id": "a", "action": "corrupt_heap", "process": "decode-1"}, "corrupt_heap needs a rank"),
+        ({"type": "fault", "id": "a", "action": "scale", "decode": 2, "factor": 2.0}, "scale takes no factor"),
         (GOOD | {"decode": 3}, "decode goes with scale only"),
         ({"type": "fault", "id": "a", "action": "scale"}, "scale needs decode or prefill"),
         ({"type": "fault", "id": "a", "action": "scale", "decode": 2, "rank": 1}, "no rank and no process"),

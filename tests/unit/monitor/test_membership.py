@@ -1,5 +1,7 @@
 """Each rule of membership by itself: who is removed, on what evidence, how soon; and who is not."""
 
+import pytest
+
 from common.config import ClusterConfig, DecodeConfig
 from common.ids import NO_RANK, Epoch, Incarnation, ProcessId, Rank
 from common.messages import HeartbeatReply, Hello, Prepare, RollCall, Signal, SlotLeft, View, Welcome
@@ -201,14 +203,47 @@ def test_the_same_pair_four_times_is_a_broken_path() -> None:
     puppets = driver.form()
     for puppet in puppets:
         puppet.answers_roll_calls = False
-    for _ in range(4):
+    for number in range(4):
         assert driver.ranks == [0, 1, 2]
+        puppets[1].counters["group_rounds"] = 10 * number
+        driver.advance(0.3)
         driver.void(puppets[0], accused=(2,))
         driver.answer(puppets[1], accused=(2,))
         driver.answer(puppets[2])
-        driver.advance(0.3)
     assert driver.ranks == [0, 1]
     assert driver.last_event("removed")["evidence"] == "the path to it is broken"
+
+
+@pytest.mark.parametrize("accusations", [{1: (0, 2)}, {0: (1,), 2: (1,)}, {0: (1,), 1: (0, 2)}])
+def test_one_that_is_cut_off_from_all_others_goes_the_second_time(accusations: dict[int, tuple[int, ...]]) -> None:
+    driver = Driver()
+    puppets = driver.form()
+    for puppet in puppets:
+        puppet.answers_roll_calls = False
+    for _ in range(2):
+        assert driver.ranks == [0, 1, 2]
+        driver.void(puppets[0], accusations.get(0, ()))
+        for rank in (1, 2):
+            driver.answer(puppets[rank], accusations.get(rank, ()))
+        driver.advance(0.3)
+    assert driver.ranks == [0, 2]
+    driver.leave(puppets[1], driver.epoch)
+    driver.advance(5.0)
+    assert driver.ranks == [0, 2], "it is ended, and gets no slot although it has left the one it had"
+
+
+def test_the_same_in_a_group_that_goes_on_is_a_busy_machine() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    for puppet in puppets:
+        puppet.answers_roll_calls = False
+    for number in range(3):
+        puppets[0].counters["group_rounds"] = 10 * number
+        driver.advance(0.3)
+        driver.void(puppets[0], accused=(1,))
+        driver.answer(puppets[1])
+        driver.answer(puppets[2], accused=(1,))
+    assert driver.ranks == [0, 1, 2]
 
 
 def test_the_same_pair_now_and_then_is_a_busy_machine() -> None:
@@ -228,7 +263,9 @@ def test_an_accusation_of_a_rank_that_is_in_no_view_is_heard_and_means_nothing()
     puppets = driver.form()
     for puppet in puppets:
         puppet.answers_roll_calls = False
-    for _ in range(4):
+    for number in range(4):
+        puppets[1].counters["group_rounds"] = 10 * number
+        driver.advance(0.3)
         driver.void(puppets[0], accused=(2, 4))
         driver.answer(puppets[1], accused=(2, 4))
         driver.answer(puppets[2])

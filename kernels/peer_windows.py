@@ -1,0 +1,42 @@
+"""The heaps of a group's slots as one rank sees them, and what it takes to lose the words between it and the others.
+
+A link fault is for tests and fault injection: a *mute* rank writes into memory that nobody maps, a *deaf* one does not
+look at what others wrote. Its own words, and the poison that its host writes, still count.
+"""
+
+from typing import Protocol
+
+import torch
+
+from kernels.heap_layout import HeapLayout
+from kernels.heap_window import HeapWindow
+
+
+class LinkFault(Protocol):
+    """Asked at every operation, so a fault begins and ends at any time, also in the middle of a round."""
+
+    def is_mute(self) -> bool: ...
+    def is_deaf(self) -> bool: ...
+    def on_lost(self, num_out: int, num_in: int) -> None:
+        """So many writes to peers went nowhere, so many words of peers were not seen."""
+        ...
+
+
+class PeerWindows(dict[int, HeapWindow]):
+    """Slot -> heap as mapped here, the own one included."""
+
+    def __init__(self, layout: HeapLayout, rank: int, own: HeapWindow) -> None:
+        super().__init__({rank: own})
+        self._layout, self._rank = layout, rank
+        self._nowhere: HeapWindow | None = None
+        self.fault: LinkFault | None = None
+
+    def __getitem__(self, rank: int) -> HeapWindow:
+        window = super().__getitem__(rank)
+        if self.fault is None or rank == self._rank or not self.fault.is_mute():
+            return window
+        if self._nowhere is None:
+            # Pages that are never written take no memory.
+            self._nowhere = HeapWindow(self._layout, torch.zeros(self._layout.nbytes, dtype=torch.uint8))
+        self.fault.on_lost(1, 0)
+        return self._nowhere
