@@ -195,13 +195,19 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Which problems.")] = 0,
     threshold: Annotated[float, typer.Option(help="Least share of right answers.")] = 0.98,
     output: Annotated[Path | None, typer.Option(metavar="FILE.json", help="All answers.")] = None,
+    kill_every: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="Then ask all again while ranks are killed, and compare.")
+    ] = 0.0,
 ) -> None:
     """Measure exact-match accuracy of the embedded model on unseen problems."""
     from services.cli.evaluate import EvalOptions
     from services.cli.evaluate import evaluate as run_eval
+    from services.cli.run_directory import monitor_address
 
     named = tuple(kind for entry in kinds or () for kind in entry.split(","))
-    raise typer.Exit(run_eval(EvalOptions(_url(url, run_dir), count, named, concurrency, seed, threshold, output)))
+    bus = monitor_address(run_dir) if kill_every else None
+    options = EvalOptions(_url(url, run_dir), count, named, concurrency, seed, threshold, output, kill_every, bus)
+    raise typer.Exit(run_eval(options))
 
 
 @app.command()

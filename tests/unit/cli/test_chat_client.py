@@ -8,10 +8,12 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from common.abacus_tasks import Problem
+from common.monitor_address import MonitorAddress
 from services.cli.chat_client import Stream, run_streams
 from services.cli.cluster_state import event_line
 from services.cli.demo import _first_difference
-from services.cli.evaluate import _report
+from services.cli.evaluate import _compare, _report
+from services.cli.kill_loop import KillLoop
 
 
 def chunk(text: str, finish: str | None = None) -> bytes:
@@ -115,6 +117,22 @@ def test_accuracy_is_by_kind_and_failed_requests_fail(capsys: pytest.CaptureFixt
     assert _report(kinds, problems, wrong, 0.98) == 1
     assert "expected '2', got '3'" in capsys.readouterr().out
     assert _report(kinds, problems, failed, 0.0) == 1
+
+
+def test_with_kills_answers_are_compared_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    problems = [Problem("addition", "1+1", "2", "1 1"), Problem("addition", "2+2", "4", "2 2")]
+    calm = [Stream({}, text="3", finish="stop"), Stream({}, text="4", finish="stop")]
+    other = [Stream({}, text="2", finish="stop"), Stream({}, text="5", finish="stop")]  # as many are right
+    kills = KillLoop("http://x", MonitorAddress("x", 1), 5.0)
+    assert _compare(problems, calm, calm, kills) == 1, "nobody was killed"
+    kills.num_killed = 3
+    assert _compare(problems, calm, calm, kills) == 0
+    assert "3 ranks killed; 2 of 2 answers equal" in capsys.readouterr().out
+    assert _compare(problems, calm, other, kills) == 1
+    assert "'1+1': '3' without kills, '2' with them" in capsys.readouterr().out
+    assert _compare(problems, calm, [calm[0], Stream({}, text="4", error="HTTP 503")], kills) == 1
+    kills.failures.append("kill of rank 2: no proof")
+    assert _compare(problems, calm, calm, kills) == 1
 
 
 def test_an_event_is_one_line() -> None:
