@@ -44,14 +44,18 @@ def up(
     secure: Annotated[bool, typer.Option("--secure", help="With a key of its own, kept in the run directory.")] = False,
     key_file: KeyFile = None,
     admin_token_file: AdminTokenFile = None,
+    init_placement: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="A recorded placement, or recorded loads, to start with.")
+    ] = None,
 ) -> None:
     """Start a cluster on this machine; Ctrl-C stops it."""
     from services.cli.up import UpOptions
     from services.cli.up import up as run_up
 
     options = UpOptions(
-        decode_ranks, prefill_workers, port, host, run_dir, config, model, secure, key_file, admin_token_file
-    )
+        decode_ranks, prefill_workers, port, host, run_dir, config, model, secure, key_file, admin_token_file,
+        init_placement,
+    )  # fmt: skip
     raise typer.Exit(run_up(options))
 
 
@@ -208,6 +212,34 @@ def evaluate(
     bus = monitor_address(run_dir) if kill_every else None
     options = EvalOptions(_url(url, run_dir), count, named, concurrency, seed, threshold, output, kill_every, bus)
     raise typer.Exit(run_eval(options))
+
+
+placement_app = typer.Typer(help="Where experts lie: record it, or go back to what was recorded.", no_args_is_help=True)
+app.add_typer(placement_app, name="placement")
+
+
+@placement_app.command("export")
+def export_placement(
+    file: Annotated[Path, typer.Argument(metavar="FILE.json")],
+    run_dir: RunDir = _RUN_DIR,
+    loads_s: Annotated[float, typer.Option(help="Record the loads of experts too, for so many seconds.")] = 0.0,
+) -> None:
+    """Write the placement in force to a file, for import or for up --init-placement."""
+    from services.cli.placement import export_placement as run_export
+
+    raise typer.Exit(run_export(run_dir, file, loads_s))
+
+
+@placement_app.command("import")
+def import_placement(
+    file: Annotated[Path, typer.Argument(metavar="FILE.json")],
+    run_dir: RunDir = _RUN_DIR,
+    deadline_s: Annotated[float, typer.Option(help="Give up after so many seconds.")] = 300.0,
+) -> None:
+    """Move experts until they lie as in the file, while the cluster serves; the planner may move them again."""
+    from services.cli.placement import import_placement as run_import
+
+    raise typer.Exit(run_import(run_dir, file, deadline_s))
 
 
 @app.command()

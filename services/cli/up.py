@@ -33,6 +33,7 @@ from common.monitor_address import MonitorAddress, is_loopback
 from common.process_args import ProcessArgs
 from common.service_runner import OperatorError
 from services.cli.free_ports import pick_monitor_port, require_free
+from services.cli.placement import read_placement_file
 from services.cli.run_directory import ClusterDescription, RunDirectory
 from services.cli.toml_text import to_toml
 
@@ -61,6 +62,7 @@ class UpOptions:
     secure: bool = False  # with the key of the run directory
     key_file: Path | None = None
     admin_token_file: Path | None = None
+    init_placement: Path | None = None
 
 
 class ClusterFailed(Exception):
@@ -80,7 +82,12 @@ def effective_config(options: UpOptions) -> ClusterConfig:
     if not (path / "config.json").is_file():
         raise OperatorError(f"no model in {path}: it has no config.json; name a Hugging Face directory with --model")
     model = msgspec.structs.replace(model, path=str(path))
-    config = msgspec.structs.replace(config, decode=decode, prefill=prefill, model=model)
+    planner = config.planner
+    if options.init_placement is not None:
+        planner = msgspec.structs.replace(planner, init_placement=str(options.init_placement.resolve()))
+    if planner.init_placement:
+        read_placement_file(Path(planner.init_placement))
+    config = msgspec.structs.replace(config, decode=decode, prefill=prefill, model=model, planner=planner)
     validate(config)
     return config
 

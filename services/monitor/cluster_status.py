@@ -6,8 +6,8 @@ from typing import Any
 from common.messages import Worker
 from services.monitor.directory import DirectoryKeeper
 from services.monitor.event_log import EventLog
-from services.monitor.expert_load import LoadWindow
 from services.monitor.group import Group
+from services.monitor.placement_status import PlacementStatus
 from services.monitor.processes import Process, ProcessTable
 from services.monitor.sizing import Sizing
 from services.monitor.slots import Slot, SlotState, SlotTable
@@ -29,20 +29,15 @@ class ClusterStatus:
         slots: SlotTable,
         group: Group,
         directory: DirectoryKeeper,
-        load: LoadWindow,
+        placement: PlacementStatus,
         events: EventLog,
         strangers: Strangers,
     ) -> None:
         self._sizing, self._myself, self._bus = sizing, myself, bus
         self._table, self._slots, self._group = table, slots, group
-        self._directory, self._load, self._events, self._strangers = directory, load, events, strangers
+        self._directory, self._placement, self._events, self._strangers = directory, placement, events, strangers
 
     def body(self, phase: str, term: int, now: float) -> str:
-        view = self._group.current
-        placement = {
-            "version": view.placement.version if view else 0,
-            "balancedness": round(self._load.balancedness(view), 4) if view and view.members else 1.0,
-        }
         status = {
             "phase": phase,
             "term": term,
@@ -54,7 +49,7 @@ class ClusterStatus:
             "prefill": [self._worker(p, _PREFILL_COUNTERS) for p in self._live("prefill", now)],
             "services": self._services(now),
             "bus": self._bus,
-            "placement": placement,
+            "placement": self._placement.body(),
             "strangers_refused": self._strangers.num_refused,
             "events": self._events.kept(),
         }

@@ -29,3 +29,9 @@ class LoadWindow:
 
     def balancedness(self, view: View) -> float:
         return balancedness(self._load_LE, view.placement.physical_to_logical, ranks(view))
+
+    def balancedness_by_layer(self, view: View) -> list[float]:
+        return [
+            balancedness(load_E[None], (rows,), ranks(view))
+            for load_E, rows in zip(self._load_LE, view.placement.physical_to_logical, strict=True)
+        ]

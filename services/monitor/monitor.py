@@ -41,6 +41,7 @@ from services.monitor.joining import Joining
 from services.monitor.lifelines import Lifelines
 from services.monitor.membership import Membership
 from services.monitor.migration import Migration
+from services.monitor.placement_status import PlacementStatus
 from services.monitor.processes import Process, ProcessTable, has_moved_on
 from services.monitor.recovery import recover
 from services.monitor.sizing import Sizing
@@ -99,8 +100,8 @@ class Monitor:
         self._load = LoadWindow(num_moe_layers, num_logical_experts)
         self._strangers = Strangers(self._outbox)
         self._status = ClusterStatus(
-            self.sizing, myself, bus or {}, self.table, self.slots, self.group, self.directory, self._load, self.events,
-            self._strangers,
+            self.sizing, myself, bus or {}, self.table, self.slots, self.group, self.directory,
+            PlacementStatus(self.group, self.table, self._load, self.migration), self.events, self._strangers,
         )  # fmt: skip
         self._given_up: dict[ProcessId, int] = {}
 

@@ -1,10 +1,11 @@
 """The HTTP side: OpenAI endpoints, health, metrics, cluster state. What it knows of the cluster is a `Gateway`."""
 
 import asyncio
+import contextlib
 import errno
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any, Protocol
 
@@ -52,7 +53,7 @@ class Gateway(Protocol):
 
     async def cluster_status(self) -> dict[str, Any]: ...
     def requests_in_flight(self) -> list[dict[str, object]]: ...
-    def render_metrics(self) -> bytes: ...
+    def render_metrics(self, placement: Mapping[str, Any]) -> bytes: ...
 
 
 class HttpApi:
@@ -141,7 +142,11 @@ class HttpApi:
         return json_response({"version": version})
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        return web.Response(body=self._gateway.render_metrics(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        placement: dict[str, Any] = {}
+        with contextlib.suppress(ApiError):  # no monitor has answered yet: the rest is shown all the same
+            placement = (await self._gateway.cluster_status()).get("placement", {})
+        body = self._gateway.render_metrics(placement)
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _requests(self, request: web.Request) -> web.Response:
         """What this router has in flight, choice by choice.

@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import zmq.asyncio
@@ -24,6 +24,7 @@ from common.messages import AskStatus, Directory, Heartbeat, Hello, Message, Sta
 from common.metrics import render, router_metrics
 from common.monitor_client import MonitorClient
 from common.network_cut import NetworkCut
+from common.placement_metrics import PlacementMetrics
 from common.process_args import ProcessArgs
 from common.transport import Link, open_context
 from services.router.admission import RETRY_AFTER_OUTAGE_S, RETRY_AFTER_S, Admission
@@ -62,6 +63,7 @@ class Router:
         self._process = args.process_id or make_process_id(args.name, secrets.randbits(64))
         self._nonce, self._num_requests = secrets.randbits(64), 0
         self._metrics = router_metrics()
+        self._placement_metrics = PlacementMetrics(self._metrics.registry)
         self._config = ClusterConfig()
         self._admission = Admission(self._config.router)
         self._table = RequestTable(self._process, self._config)
@@ -169,7 +171,8 @@ class Router:
     def requests_in_flight(self) -> list[dict[str, object]]:
         return self._table.snapshot()
 
-    def render_metrics(self) -> bytes:
+    def render_metrics(self, placement: Mapping[str, Any]) -> bytes:
+        self._placement_metrics.show(placement)
         self._metrics.requests_running.set(self._table.num_running)
         self._metrics.requests_waiting.set(len(self._table) - self._table.num_running)
         self._metrics.epoch.set(self._table.epoch)
