@@ -74,6 +74,7 @@ class DecodeConfig(_Section, frozen=True):
     prompt_tokens: int = 32  # of prompts, that a rank without prefill workers computes in one round, beside the batch
     block_size: int = 16  # tokens per KV block
     num_kv_blocks: int = 1024
+    kv_reserve_tokens: int = 64  # room to grow that a request is admitted with; more comes while it runs
     handoff_bytes: int = 1 << 30  # KV that has come from prefill workers for requests without blocks
     num_redundant_experts: int = -1  # -1: three copies of each, so that any two ranks may be lost
     num_staging_experts: int = -1  # memory of a rank for experts on their way in; -1: as many as a layer's slots

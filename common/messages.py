@@ -363,6 +363,7 @@ class Announce(_Message, frozen=True):
     outputs: tuple[int, ...]  # tokens that the client has already
     sampling: Sampling
     computes_prompt: bool = False  # no prefill worker is left: the rank computes prompt + outputs itself, in its rounds
+    reserves_all: bool = False  # was preempted before: wait for KV blocks for the whole length, and never again
 
 
 class Prefill(_Message, frozen=True):
@@ -480,6 +481,7 @@ class Refused(_Message, frozen=True):
     request: RequestId
     attempt: int
     reason: str
+    preempted: bool = False  # it ran, and had to make room for older ones
 
 
 class Abort(_Message, frozen=True):

@@ -4,7 +4,8 @@
         |                               ^
         '------ computes_prompt --------'    any of them --abort, higher attempt--> gone (a tombstone stays)
 
-A request that comes without KV computes its prompt while it is RUNNING, a part of it in each round.
+A request that comes without KV computes its prompt while it is RUNNING, a part of it in each round. One that runs when
+KV blocks run out may be refused (preempted): see `batch_scheduler`.
 
 Invariants: at most one attempt of a request lives; outputs only grow; what was sent once is what is sent again; KV is
 taken only for an announced attempt of this incarnation. Everything that is kept has a bound in number and in time.
@@ -27,7 +28,7 @@ from common.messages import (
 )
 from common.sampling_bounds import sampling_fault
 from services.decode.actions import Send
-from services.decode.batch_scheduler import BatchScheduler
+from services.decode.batch_scheduler import BatchScheduler, Room
 from services.decode.early_kv import EarlyKv, Frames
 from services.decode.kv_pieces import KvPiece, KvPieces
 from services.decode.request import Admission, PromptLogprobs, Request, RequestLimits, Stage, Step
@@ -50,9 +51,11 @@ class Delivery:
         limits: RequestLimits,
         handoff_bytes: int = 1 << 30,
         prompt_tokens: int = 32,
+        kv_reserve_tokens: int = 64,
     ) -> None:
         self._scheduler, self._limits = scheduler, limits
         self._handoff_bytes, self._prompt_tokens = handoff_bytes, prompt_tokens
+        self._kv_reserve_tokens = kv_reserve_tokens
         self._rank, self._incarnation = NO_RANK, Incarnation(0)
         self._requests: dict[RequestId, Request] = {}
         self._early_kv = EarlyKv()
@@ -61,6 +64,7 @@ class Delivery:
         self._repeat_at = 0.0
         self.num_committed = 0
         self.num_stale = 0
+        self.num_preempted = 0
         self.num_prompt_tokens = 0  # computed here, since no prefill worker was left
 
     def open(self, rank: Rank, incarnation: Incarnation) -> None:
@@ -159,7 +163,12 @@ class Delivery:
 
     def _queue(self, known: Request) -> list[Send]:
         known.stage = Stage.HELD
-        reason = self._scheduler.submit(known.announce.request, len(known.announce.prompt) + known.max_outputs - 1)
+        room = Room(
+            known.num_known_tokens + self._kv_reserve_tokens,
+            len(known.announce.prompt) + known.max_outputs - 1,
+            known.announce.reserves_all,
+        )
+        reason = self._scheduler.submit(known.announce.request, room)
         return self._refuse(known, reason) if reason else []
 
     def on_have(self, have: Have, peer: ProcessId) -> list[Send]:
@@ -195,6 +204,19 @@ class Delivery:
             kept_s = {Stage.FINISHED: FINISHED_KEPT_S, Stage.ANNOUNCED: ANNOUNCED_KEPT_S}.get(known.stage)
             if kept_s is not None and now - known.since > kept_s:
                 self._drop(request)
+        return sends
+
+    def make_room(self) -> list[Send]:
+        """Before each round: blocks for what it computes. When there are none, the youngest make room for the older; a
+        router has their tokens, and places them again."""
+        sends: list[Send] = []
+        for request, _ in list(self._scheduler.batch()):
+            while known := self._requests.get(request):
+                if self._scheduler.grow(request, known.num_known_tokens):
+                    break
+                victim = self._requests[self._scheduler.victim()]
+                self.num_preempted += 1
+                sends += self._refuse(victim, "preempted: no KV blocks are left for it", preempted=True)
         return sends
 
     def admit(self) -> list[Admission]:
@@ -302,16 +324,16 @@ class Delivery:
             return "no token is left to compute"
         return sampling_fault(announce.sampling, self._limits.vocab_size)
 
-    def _refuse(self, known: Request, reason: str) -> list[Send]:
+    def _refuse(self, known: Request, reason: str, preempted: bool = False) -> list[Send]:
         self._tombstones.bury(known.announce.request, known.announce.attempt)
         self._drop(known.announce.request)
-        return [_refused(known.announce, reason)]
+        return [_refused(known.announce, reason, preempted)]
 
     def _drop(self, request: RequestId) -> None:
         self._scheduler.remove(request)
         del self._requests[request]
 
 
-def _refused(announce: Announce, reason: str) -> Send:
-    message: Message = Refused(announce.request, announce.attempt, reason)
+def _refused(announce: Announce, reason: str, preempted: bool = False) -> Send:
+    message: Message = Refused(announce.request, announce.attempt, reason, preempted)
     return Send(announce.router, message)

@@ -254,8 +254,10 @@ class Stream:
         self._engine = RankEngine(config, self._heap_dir, self._process, self._pace, self._link_fault)
         blocks: BlockAllocator[RequestId] = BlockAllocator(config.decode.num_kv_blocks, config.decode.block_size)
         self._scheduler = BatchScheduler(blocks, config.decode.max_batch, _MAX_WAITING)
-        handoff_bytes, prompt_tokens = config.decode.handoff_bytes, config.decode.prompt_tokens
-        self._delivery = Delivery(self._scheduler, self._engine.limits, handoff_bytes, prompt_tokens)
+        decode = config.decode
+        self._delivery = Delivery(
+            self._scheduler, self._engine.limits, decode.handoff_bytes, decode.prompt_tokens, decode.kv_reserve_tokens
+        )
         self._membership.lonely_s = config.decode.lonely_s
 
     def _inject(self, inject: Inject, now: float) -> None:
@@ -336,9 +338,11 @@ class Stream:
         if self._delivery is None or self._engine is None:
             return
         self._send(self._delivery.on_tick(now))
+        preempted = self._delivery.make_room()
         for admission in self._delivery.admit():
             self._engine.write_kv(admission)
         self._send(self._delivery.flush(self._membership.epoch))
+        self._send(preempted)  # after their last tokens
         if now >= self._load_at and self._membership.view and (load := self._engine.take_load()):
             self._load_at = now + LOAD_S
             membership = self._membership
@@ -462,6 +466,7 @@ class Stream:
             "distrusted": int(self._clock() > self._distrusted_at + _DECLARE_S),
             "void_rounds": self.num_void_rounds,
             "prompt_tokens_computed": delivery.num_prompt_tokens,
+            "preempted": delivery.num_preempted,
             "tokens_committed": delivery.num_committed,
             "stale_messages": delivery.num_stale + self._membership.num_stale,
             **(self._engine.staging_counters() if self._engine else {}),

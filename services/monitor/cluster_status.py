@@ -13,7 +13,15 @@ from services.monitor.sizing import Sizing
 from services.monitor.slots import Slot, SlotState, SlotTable
 from services.monitor.strangers import Strangers
 
-_RANK_COUNTERS = ("running", "waiting", "rounds", "void_rounds", "tokens_committed", "prompt_tokens_computed")
+_RANK_COUNTERS = (
+    "running",
+    "waiting",
+    "rounds",
+    "void_rounds",
+    "tokens_committed",
+    "prompt_tokens_computed",
+    "preempted",
+)
 _PREFILL_COUNTERS = ("prompt_tokens_computed", "prefix_hits", "prefix_tokens_saved", "prefix_bytes")
 
 

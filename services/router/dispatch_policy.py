@@ -22,7 +22,7 @@ class RankLoad:
     member: Member
     num_blocks: int
     num_in_flight: int = 0
-    num_reserved_blocks: int = 0  # of requests in flight, at their full length
+    num_reserved_blocks: int = 0  # that requests in flight are admitted with
     reported_running: int = 0
     reported_free_blocks: int = 0
     reported_at: float = float("-inf")

@@ -84,6 +84,7 @@ class RequestLifecycle:
     place: Place | None = None
     avoid: set[ProcessId] = field(default_factory=set)  # failed this request since its last token
     not_before: float = 0.0  # do not place again earlier
+    was_preempted: bool = False  # it had to make room for others once, and must not again
     num_stale_tokens: int = 0
     machine: StateMachine[State] = field(init=False)
     _deadline: float = field(init=False)
@@ -119,7 +120,7 @@ class RequestLifecycle:
         outputs = tuple(self.outputs)
         announce = Announce(
             self.id, self.attempt, self.router, place.incarnation, self.prompt, outputs, self.sampling,
-            place.computes_prompt,
+            place.computes_prompt, self.was_preempted,
         )  # fmt: skip
         if place.computes_prompt:
             self.machine.move(State.HANDING_OFF, now, "no prefill worker is left")
@@ -201,9 +202,12 @@ class RequestLifecycle:
         self.avoid.add(peer)
         return self.replace("forgotten", now)
 
-    def on_refused(self, peer: ProcessId, now: float) -> list[Action]:
+    def on_refused(self, peer: ProcessId, now: float, preempted: bool = False) -> list[Action]:
         if not self._depends_on(peer):
             return []
+        if preempted:
+            self.was_preempted, self.not_before = True, now + REFUSED_WAIT_S
+            return self.replace("preempted", now)
         self.avoid.add(peer)
         self.not_before = now + min(REFUSED_WAIT_S * 2**self._num_refusals, REFUSED_WAIT_MAX_S)
         self._num_refusals += 1

@@ -200,8 +200,8 @@ class RequestTable:
                 return request.on_prefill_queued(now)
             case Unknown():
                 return request.on_unknown(peer, now)
-            case Refused():
-                return request.on_refused(peer, now)
+            case Refused(preempted=preempted):
+                return request.on_refused(peer, now, preempted)
 
     def _holds(self, place: Place) -> bool:
         rank = self._ranks.get(place.rank)
@@ -288,5 +288,7 @@ class RequestTable:
         return pending
 
     def _num_blocks(self, request: RequestLifecycle) -> int:
-        """KV blocks of the request at its full length."""
-        return -(-(len(request.prompt) + request.sampling.max_tokens) // self._config.decode.block_size)
+        """KV blocks that a rank admits the request with."""
+        decode, whole = self._config.decode, len(request.prompt) + request.sampling.max_tokens
+        start = request.num_context_tokens + decode.kv_reserve_tokens
+        return -(-(whole if request.was_preempted else min(start, whole)) // decode.block_size)

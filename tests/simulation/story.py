@@ -157,6 +157,8 @@ def _config(random: Random, placement_random: Random) -> ClusterConfig:
         num_kv_blocks=random.choice((18, 20, 40)),
         num_redundant_experts=random.choice((-1, -1, 0, 4)),
         handoff_bytes=random.choice((1 << 30, 1 << 30, 400)),
+        kv_reserve_tokens=4,
+        prompt_tokens=4,
         operation_deadline_s=2.0,
         idle_poll_s=0.2,
         num_staging_experts=placement_random.choice((-1, 1, 3)),

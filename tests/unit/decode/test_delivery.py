@@ -36,10 +36,11 @@ def make(
     max_waiting: int = 4,
     handoff_bytes: int = 1 << 20,
     prompt_tokens: int = 4,
+    kv_reserve_tokens: int = 2,
 ) -> Delivery:
     scheduler: BatchScheduler[RequestId] = BatchScheduler(BlockAllocator(num_blocks, 4), max_batch, max_waiting)
     limits = RequestLimits(vocab_size=100, max_positions=20, kv_bytes_per_token=1)
-    delivery = Delivery(scheduler, limits, handoff_bytes, prompt_tokens)
+    delivery = Delivery(scheduler, limits, handoff_bytes, prompt_tokens, kv_reserve_tokens)
     delivery.open(Rank(0), Incarnation(7))
     return delivery
 
@@ -84,6 +85,7 @@ def part(start: int, num_tokens: int = 1, name: str = "a", attempt: int = 1, inc
 
 def run(delivery: Delivery, token: int = 11, now: float = 1.0) -> None:
     """One clean round."""
+    delivery.make_room()
     delivery.admit()
     for step in delivery.steps():
         if step.samples:

@@ -174,6 +174,15 @@ def test_unknown_and_refused_count_from_those_who_owe_an_answer(prefilling: Requ
     assert prefilling.on_unknown(DECODE, 0.5) == []
 
 
+def test_a_preempted_request_may_go_back_and_is_not_preempted_again(prefilling: RequestLifecycle) -> None:
+    prefilling.on_tokens(_tokens(0, 3), 0.5)
+    assert isinstance(prefilling.on_refused(DECODE, 1.0, preempted=True)[-1], Replaced)
+    assert DECODE not in prefilling.avoid and 1.0 < prefilling.not_before < 1.5
+    announce = prefilling.on_place(PLACE, 2.0)[0]
+    expected = Announce(REQUEST, 1, ROUTER, PLACE.incarnation, (10, 11), (3,), SAMPLING, False, True)
+    assert announce == Send(DECODE, expected)
+
+
 def test_refusals_are_repeated_ever_more_slowly(prefilling: RequestLifecycle) -> None:
     waits = []
     for now in range(8):
