@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from tests.simulation.mutants import MUTANTS, ROOT, catch
+from tests.simulation.mutant_list import MUTANTS
+from tests.simulation.mutants import ROOT, catch
 
 _CHUNK = 10
 _SOURCES = ("common", "kernels", "services", "tests/simulation")

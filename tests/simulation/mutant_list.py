@@ -1,0 +1,400 @@
+"""The rules that are taken out of the shipped files, one at a time."""
+
+from dataclasses import dataclass
+
+Edit = tuple[str, str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """``edits``: (file, old text, new text); the old text stands there exactly once. ``num_seeds`` bound the search;
+    ``by_test`` is tried after them: the test that catches what stories show rarely or never."""
+
+    name: str
+    edits: tuple[Edit, ...]
+    num_seeds: int = 400
+    by_test: str = ""
+
+
+_WAIT = "kernels/word_wait.py"
+_REFERENCE = "kernels/reference.py"
+_ENGINE = "services/decode/rank_engine.py"
+_DELIVERY = "services/decode/delivery.py"
+_RANK = "services/decode/membership.py"
+_MONITOR = "services/monitor/membership.py"
+_GROUP = "services/monitor/group.py"
+_LIFECYCLE = "services/router/request_lifecycle.py"
+
+MUTANTS = (
+    Mutant(
+        "no-epoch-in-poison",
+        ((_WAIT, "elif fault is None and any(poison[member] >= floor for member in members):", "elif any(poison):"),),
+    ),
+    Mutant(
+        "verdict-by-accusation",
+        (
+            (
+                _MONITOR,
+                "        roll_call.answers[process] = accused\n",
+                "        roll_call.answers[process] = accused\n"
+                "        if guilty := [m.process for m in self._group.members if m.rank in accused]:\n"
+                "            self.remove([Removal(g, 'accused', now) for g in guilty], now)\n"
+                "            return\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "a-void-rank-publishes",
+        (
+            (
+                _REFERENCE,
+                "        if not self._await_words(self._own.dispatch_word, step, self.deadline_s):\n"
+                "            return None\n",
+                "        self._await_words(self._own.dispatch_word, step, self.deadline_s)\n",
+            ),
+            (
+                _REFERENCE,
+                "        if self.status == VOID:\n            return None\n        if received.step",
+                "        if received.step",
+            ),
+        ),
+        by_test="tests/kernels/test_ep_waits.py::test_a_void_rank_publishes_nothing_more",
+    ),
+    Mutant(
+        "commit-before-the-status-word",
+        (
+            (
+                _REFERENCE,
+                "        if not self._await_words(self._own.combine_word, step, self.deadline_s):\n"
+                "            return None\n",
+                "        self._await_words(self._own.combine_word, step, self.deadline_s)\n",
+            ),
+            (_ENGINE, "return outputs if self._open_group().status == CLEAN else None", "return outputs"),
+        ),
+    ),
+    Mutant(
+        "epoch-numbers-reused",
+        (
+            (
+                _GROUP,
+                "        view = self._make_view(self._counter.take(), members, reason)\n",
+                "        view = self._make_view(Epoch(self._counter._highest + 1), members, reason)\n",
+            ),
+            (
+                _GROUP,
+                "        self.current, self.prepared, self.is_adopted = prepared.view, None, True\n",
+                "        self.current, self.prepared, self.is_adopted = prepared.view, None, True\n"
+                "        self._counter.heard(prepared.view.epoch)\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "no-term-after-a-restart",
+        (
+            (
+                "services/monitor/terms.py",
+                "self.term = self._highest = (self._highest // TERM_SIZE + 1) * TERM_SIZE",
+                "self.term, self._highest = TERM_SIZE, max(self._highest, TERM_SIZE)",
+            ),
+        ),
+    ),
+    Mutant(
+        "lost-tokens-are-neither-repeated-nor-asked-for",
+        (
+            (
+                _DELIVERY,
+                "    self._tell(known, len(known.ids) - 1)\n            kept_s",
+                "    pass\n            kept_s",
+            ),
+            (_LIFECYCLE, "return self._ask_decode(now)\n\n    def _fail_late", "return []\n\n    def _fail_late"),
+        ),
+    ),
+    Mutant(
+        "a-gap-is-not-seen",
+        (
+            (_LIFECYCLE, "        if tokens.start > have:\n            return self._ask_for_gap(now)\n", ""),
+            (_LIFECYCLE, "new = tokens.ids[have - tokens.start :]", "new = tokens.ids[max(have - tokens.start, 0) :]"),
+        ),
+    ),
+    Mutant(
+        "doubled-tokens-are-taken",
+        ((_LIFECYCLE, "new = tokens.ids[have - tokens.start :]", "new = tokens.ids"),),
+    ),
+    Mutant(
+        "kv-that-was-not-announced-for-this-attempt",
+        (
+            (_DELIVERY, "if known is None or known.announce.attempt < handoff.attempt:", "if known is None:"),
+            (_DELIVERY, "if known.announce.attempt > handoff.attempt or known", "if known"),
+            (_DELIVERY, "if message.num_tokens != num_tokens or (frames and not", "if (frames and not"),
+        ),
+        num_seeds=0,
+        by_test="tests/unit/decode/test_delivery.py",
+    ),
+    Mutant(
+        "a-slot-given-out-before-its-process-is-gone",
+        (
+            (
+                _MONITOR,
+                "is Fate.FENCE:\n                self._slots.fence(slot, now, removal.evidence)\n",
+                "is Fate.FENCE:\n                self._slots.free(slot, now, removal.evidence)\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "a-void-round-without-a-new-view",
+        (
+            (
+                _MONITOR,
+                "            self.publish_same_members(f",
+                "            self.roll_call = None\n            (lambda *_: None)(f",
+            ),
+        ),
+    ),
+    Mutant(
+        "experts-not-loaded-on-a-switch-in-band",
+        ((_RANK, "        return [LoadExperts(view), Adopt(view, in_band)]", "        return [Adopt(view, in_band)]"),),
+        num_seeds=2000,
+    ),
+    Mutant(
+        "a-late-monitor-trusts-its-timers",
+        (("services/monitor/ticks.py", "min(now, self._last_tick) - max(since, self._restarted_at)", "now - since"),),
+    ),
+    Mutant(
+        "kv-blocks-freed-twice",
+        (
+            (
+                "common/kv_blocks.py",
+                "self._free += reversed(self._tables.pop(owner, ()))",
+                "self._free += reversed(self._tables.get(owner, ())) if owner in self._tables else ()",
+            ),
+        ),
+        num_seeds=50,
+    ),
+    Mutant(
+        "a-removed-rank-keeps-its-requests",
+        (
+            (
+                "services/router/request_table.py",
+                "            if request.place is not None and not self._holds(request.place):\n",
+                "            if False and request.place is not None and not self._holds(request.place):\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "a-view-is-neither-mapped-nor-forwarded",
+        ((_RANK, "[*actions, ForwardView(view, endpoints), MapHeaps(view)]", "[*actions]"),),
+    ),
+    Mutant(
+        "a-member-is-ready-before-the-newcomer",
+        (
+            (
+                _RANK,
+                "        if preparation is None or not preparation.mapped or preparation.ready:\n"
+                "            return None\n",
+                "        if preparation is None or preparation.ready:\n"
+                "            return None\n"
+                "        if self.state is not RankState.JOINING:\n"
+                "            return preparation.view.epoch, ()\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "rows-shared-between-sources",
+        (
+            (_REFERENCE, ".combine_rows[self.rank][place_N[begin:end]]", ".combine_rows[0][place_N[begin:end]]"),
+            (
+                "kernels/own_tokens.py",
+                "self._place_MK[: len(rank_TK)] + rank_TK.astype(np.int64) * self._place_MK.size",
+                "self._place_MK[: len(rank_TK)] + 0 * rank_TK.astype(np.int64)",
+            ),
+        ),
+        num_seeds=0,
+        by_test="tests/kernels/test_ep_epochs.py::test_a_zombie_stopped_in_a_combine_store_overwrites_no_row_of_its_successor",
+    ),
+    Mutant(
+        "the-next-number-for-a-term",
+        (
+            (
+                "services/monitor/terms.py",
+                "self.term = self._highest = (self._highest // TERM_SIZE + 1) * TERM_SIZE",
+                "self.term = self._highest = self._highest + 1",
+            ),
+        ),
+        num_seeds=0,
+        by_test="tests/unit/monitor/test_takeover.py::test_numbers_of_which_nobody_was_heard_are_not_used_again",
+    ),
+    Mutant(
+        "a-roll-call-forgives-silence",
+        (
+            (
+                _MONITOR,
+                "self.remove([Removal(process, evidence, roll_call.started_at) for process in roll_call.silent], now)",
+                "self.publish_same_members(evidence, now)",
+            ),
+        ),
+    ),
+    Mutant(
+        "who-was-missing-at-a-roll-call-is-not-told",
+        (
+            (
+                "services/decode/stream.py",
+                "if group is not None and group.void_reason in (VoidReason.STOPPED, VoidReason.HOST_POISON):",
+                "if group is None:",
+            ),
+            (
+                "services/decode/stream.py",
+                "            return group.missing\n        return tuple(",
+                "            return ()\n        return tuple(",
+            ),
+        ),
+    ),
+    Mutant(
+        "versions-of-the-directory-begin-anew",
+        (("services/monitor/directory.py", "if term != self._term:", "if True:"),),
+        num_seeds=0,
+        by_test="tests/unit/monitor/test_takeover.py::test_versions_of_the_directory_never_fall_within_a_term",
+    ),
+    Mutant(
+        "a-new-monitor-does-not-hear-the-members-out",
+        (
+            (
+                "services/monitor/takeover.py",
+                "        if waited_s >= self._config.heartbeat_timeout_s:\n            return True\n",
+                "        if waited_s >= _GATHER_AT_LEAST_S:\n            return True\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "a-join-in-force-before-the-newcomer-says-so",
+        (
+            (
+                "services/monitor/prepared_view.py",
+                "        return not self.waiting",
+                "        return not set(self.waiting) - set(self.newcomers if self.base else ())",
+            ),
+        ),
+        num_seeds=1000,
+    ),
+    Mutant(
+        "request-ids-reused-by-the-next-router",
+        (
+            (
+                "common/ids.py",
+                '    return RequestId(f"{router_nonce:016x}.{number}")',
+                '    return RequestId(f"0.{number}")',
+            ),
+        ),
+    ),
+    Mutant(
+        "cached-prefixes-evicted-while-they-are-read",
+        (
+            (
+                "services/prefill/prefix_cache.py",
+                "            node.num_pins += 1\n            self._idle.pop(node, None)\n",
+                "            node.num_pins += 1\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "kv-taken-before-all-pieces-are-there",
+        (
+            (
+                "services/decode/kv_pieces.py",
+                "        return all(self._covers(layer) for layer in range(self._num_layers))",
+                "        return bool(self._pieces)",
+            ),
+        ),
+    ),
+    Mutant(
+        "no-header-barrier",
+        (
+            (
+                _REFERENCE,
+                "        if not self._await_words(self._own.header_word[bank], step, deadline_s, stop):\n"
+                "            return None\n",
+                "",
+            ),
+            (
+                _REFERENCE,
+                "        if (rows >> _HIGH_HALF != header_tag(step)).any():\n"
+                "            self._void(VoidReason.FUTURE_WORD)\n            return None\n",
+                "",
+            ),
+        ),
+    ),
+    # Rules without which the protocol's models found no wrong token: others hold in their place, or windows are narrow.
+    Mutant(
+        "no-poison",
+        (
+            (_WAIT, "elif fault is None and any(poison[member] >= floor for member in members):", "elif False:"),
+            (_WAIT, "elif poison[self._rank] >= floor:", "elif False:"),
+        ),
+        by_test="tests/kernels/test_ep_epochs.py",
+    ),
+    Mutant(
+        "no-poison-by-who-leaves",
+        (
+            (
+                "kernels/epoch_state.py",
+                "        if not in_band:\n            self._poison_peers()\n",
+                "",
+            ),
+        ),
+        by_test="tests/kernels/test_ep_epochs.py",
+    ),
+    Mutant(
+        "a-word-from-the-future-is-waited-out",
+        ((_WAIT, "future |= word > step", "future |= False"),),
+        by_test="tests/kernels/test_ep_waits.py",
+    ),
+    Mutant(
+        "no-digest",
+        ((_REFERENCE, "if len({row[0] for row in data_by_member}) > 1:", "if False:"),),
+        by_test="tests/kernels/test_ep_waits.py",
+    ),
+    Mutant(
+        "no-tags-in-headers",
+        ((_REFERENCE, "if (rows >> _HIGH_HALF != header_tag(step)).any():", "if False:"),),
+        by_test="tests/kernels/test_ep_waits.py",
+    ),
+    Mutant(
+        "staged-experts-overwrite-rows-in-use",
+        (
+            (
+                "services/decode/expert_slots.py",
+                "        used |= serving if spare_present else set()\n",
+                "",
+            ),
+        ),
+        by_test="tests/unit/decode/test_staging.py",
+    ),
+    Mutant(
+        "no-tags-on-expert-slots",
+        (
+            (
+                "services/decode/expert_slots.py",
+                "        self.rows.clear(row)\n        return row",
+                "        return row",
+            ),
+        ),
+        by_test="tests/unit/decode/test_expert_slots.py",
+    ),
+    Mutant(
+        "the-first-header-in-no-bank-of-its-own",
+        (
+            (
+                "kernels/step_words.py",
+                "    return 2 + (epoch & 1) if ordinal == 0 else ordinal & 1",
+                "    return ordinal & 1",
+            ),
+        ),
+        by_test="tests/kernels/test_ep_epochs.py",
+    ),
+)
+# Caught within the first stories: for every test run.
+QUICK = (
+    "commit-before-the-status-word",
+    "doubled-tokens-are-taken",
+    "a-gap-is-not-seen",
+    "a-slot-given-out-before-its-process-is-gone",
+)
