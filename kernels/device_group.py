@@ -77,6 +77,11 @@ class DeviceGroup:
         self._host_poison = HostPoison(layout, heap, rank)
         self.set_deadline(deadline_s)
 
+    @property
+    def flags(self) -> torch.Tensor:
+        """int32, on the device: status and members, laid out as in ``kernels.triton_wait``; for kernels, read only."""
+        return self._state.flags
+
     # What dispatch left in the own heap, for the expert MLP; valid until the own combine.
 
     @property
