@@ -5,7 +5,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup up demo test test-compose test-namespaces chaos chaos-sim soak bench bench-failover bench-planner check format
+.PHONY: help setup up demo test test-compose test-namespaces chaos chaos-sim soak bench bench-failover bench-migration bench-planner check format
 
 help:
 	@echo "make up            start a cluster on http://127.0.0.1:8000; Ctrl-C stops it"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench         tokens per second and latencies, against one process without services"
 	@echo "make bench-failover  kill, stop, scale under load; what the clients saw; ARGS=\"--sections ranks,services,scaling\""
 	@echo "make soak          ten minutes of full load on busy cores: nobody may be removed; ARGS=\"--seconds 600\""
+	@echo "make bench-migration  gaps between tokens while experts move, against windows in which none do"
 	@echo "make bench-planner   expert placement: balance, moves, coverage, time against the greedy scheme"
 	@echo "make check         ruff, ruff format, mypy --strict"
 	@echo "make format        rewrite what ruff can mend"
@@ -62,6 +63,9 @@ bench-failover: $(STAMP)
 
 soak: $(STAMP)
 	@$(BIN)/python -m benchmarks.false_removal $(ARGS)
+
+bench-migration: $(STAMP)
+	@$(BIN)/python -m benchmarks.migration $(ARGS)
 
 bench-planner: $(STAMP)
 	@$(BIN)/python -m benchmarks.planner $(ARGS)

@@ -115,12 +115,12 @@ def test_a_plan_that_is_late_changes_nothing_and_is_asked_for_again() -> None:
 
 
 def test_vacant_slots_and_what_a_plan_may_move() -> None:
-    life = Life(replace(CONFIG, planner=replace(CONFIG.planner, max_moves=4)))
+    life = Life(replace(CONFIG, planner=replace(CONFIG.planner, max_moves=8)))
     life.balancer.on_load(ExpertLoad(Rank(0), Incarnation(1), 1030, SKEWED, 20, 0.5))
     question = life.balancer.on_tick(1.0)
     assert question is not None
     made = answer(question)
-    assert 0 < made.num_moves <= 4
+    assert 0 < made.num_moves <= 8
     before = question.view.placement.physical_to_logical
     assert [rows[2] for rows in made.physical_to_logical] == [rows[2] for rows in before]
 
