@@ -3,8 +3,8 @@
     python -m benchmarks.migration                   (make bench-migration)
 
 While a load generator in a process of its own keeps streams open, every second window asks the running cluster for one
-migration after the other: each rank takes some experts drawn at random. Gaps between tokens are compared between the two
-kinds of windows; every stream must equal the one of the run before the first window.
+migration after the other: each rank takes some experts drawn at random. Gaps between tokens are compared between the
+two kinds of windows; every stream must equal the one of the run before the first window.
 """
 
 import argparse
