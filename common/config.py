@@ -46,6 +46,7 @@ class ModelConfig(_Section, frozen=True):
 class RouterConfig(_Section, frozen=True):
     """``[router]``"""
 
+    num_workers: int = 1  # routers that share the HTTP port of one machine
     max_queued: int = 256  # requests in flight per router; beyond: 429
     max_body_bytes: int = 4 << 20
     request_deadline_s: float = 300.0
@@ -54,6 +55,7 @@ class RouterConfig(_Section, frozen=True):
     prefill_wait_s: float = 1.0  # without a prefill worker for this long: decode ranks compute prompts themselves
     rebalance_difference: int = 2  # move running requests to a new rank while loads differ by more than this
     drain_s: float = 10.0  # finish streams after SIGTERM
+    lost_s: float = 10.0  # requests of a router that has been gone for so long are dropped by those who compute them
 
 
 class PrefillConfig(_Section, frozen=True):
@@ -180,6 +182,8 @@ def validate(config: ClusterConfig) -> None:
         )
     if decode.num_staging_experts == 0:
         raise ValueError("decode.num_staging_experts must be at least 1, or -1 for as many as a layer's slots")
+    if config.router.num_workers < 1:
+        raise ValueError(f"router.num_workers must be at least 1, got {config.router.num_workers}")
     if config.prefill.num_workers < 1:
         raise ValueError(f"prefill.num_workers must be at least 1, got {config.prefill.num_workers}")
     for section in msgspec.structs.asdict(config).values():

@@ -24,7 +24,7 @@ import msgspec
 from common.network_cut import DIRECTIONS, WHICH
 
 ACTIONS_BY_RANK = ("mask", "unmask", "drain", "undrain", "corrupt_heap")
-SIGNALS = ("kill", "term", "stop", "cont")
+SIGNALS = ("kill", "term", "stop", "cont", "restart")  # what an agent does to one process
 SELF_INFLICTED = ("slow", "drop_network", "corrupt_heap")  # done by the process itself, on the monitor's word
 ACTIONS = (*SIGNALS, *ACTIONS_BY_RANK, "slow", "drop_network", "scale")
 MAX_FACTOR, MAX_DURATION_S = 1000.0, 3600.0
@@ -106,6 +106,8 @@ def parse_fault(payload: bytes) -> Fault:
     rank, process = event.get("rank"), event.get("process")
     if (rank is None) == (process is None):
         raise FaultRefused("give either rank or process", event)
+    if action == "restart" and process is None:
+        raise FaultRefused("restart needs a process: the name of a router", event)
     if rank is not None:
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
             raise FaultRefused(f"rank must be a whole number from 0, got {str(rank)[:40]!r}", event)

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import mmap
 import os
+import weakref
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ class ShmProvider:
         if not directory.is_dir():
             raise HeapError(f"heap directory {directory} does not exist: create it, best on a tmpfs such as /dev/shm")
         self.directory = directory
-        self._open: list[ShmHeap] = []
+        self._open: weakref.WeakSet[ShmHeap] = weakref.WeakSet()
 
     def allocate(self, name: str, nbytes: int) -> ShmHeap:
         """A new file of zeros, its memory reserved now: running out later would be a SIGBUS in mid-store."""
@@ -64,6 +65,8 @@ class ShmProvider:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except FileExistsError:
             raise HeapError(f"heap {path} exists already: attach it, or unlink it first") from None
+        except OSError as error:
+            raise HeapError(f"cannot make heap {path}: {error.strerror}") from None
         try:
             _lock(fd, path)
             _reserve(fd, path, nbytes)
@@ -104,7 +107,7 @@ class ShmProvider:
         self._path(name).unlink(missing_ok=True)
 
     def close(self) -> None:
-        for heap in self._open:
+        for heap in list(self._open):
             heap.close()
         self._open.clear()
 
@@ -118,7 +121,7 @@ class ShmProvider:
             raise HeapError(f"heap {path} is empty: its maker died while making it, unlink it")
         # The mapping keeps a duplicate of fd, and with it the lock if there is one, until its last view is gone.
         heap = ShmHeap(path, nbytes, mmap.mmap(fd, nbytes))
-        self._open.append(heap)
+        self._open.add(heap)
         return heap
 
 
@@ -127,6 +130,8 @@ def _open_existing(path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         raise HeapError(f"heap {path} does not exist: its owner has unlinked it, or it is on another host") from None
+    except OSError as error:
+        raise HeapError(f"cannot open heap {path}: {error.strerror}; do all ranks run as the same user?") from None
 
 
 def _lock(fd: int, path: Path) -> None:

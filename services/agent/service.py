@@ -28,7 +28,7 @@ from common.messages import Exited, Heartbeat, Hello, Message, SetChildren, Sign
 from common.monitor_client import MonitorClient
 from common.process_args import CHILDREN_FILE, ProcessArgs
 from common.process_table import open_pidfd, processes_of, send_signal, state_of
-from common.service_runner import OperatorError
+from common.service_runner import OperatorError, for_the_operator
 from common.transport import open_context
 from services.agent import child_process, signal_requests, supervisor
 from services.agent.exit_reports import ExitReports
@@ -59,11 +59,14 @@ class AgentService:
         random = SystemRandom()
         self._args, self._command = args, command
         self.process = args.process_id or make_process_id(args.name, random.getrandbits(64))
-        self.supervisor = Supervisor(names, load_config(args.config), random, time.monotonic())
+        with for_the_operator():
+            config = load_config(args.config)
+        self.supervisor = Supervisor(names, config, random, time.monotonic())
         self._requests, self._reports = SignalRequests(), ExitReports()
         self._pidfds: dict[str, int] = {}
         self._log_starts: dict[str, int] = {}
         self._wanted = self._read_wanted(names) if args.run_dir else {}
+        self._num_routers = sum(supervisor.kind_of(name) == "router" for name in names)
         self._failure = ""
         self._loop = asyncio.get_running_loop()
         self._monitor = MonitorClient(
@@ -75,6 +78,7 @@ class AgentService:
         self._take_over()
         for kind, count in self._wanted.items():
             self._perform(self.supervisor.on_set_children(kind, count, (), time.monotonic()))
+        self.supervisor.keep_routers(self._num_routers)
         self._remove_old_heaps()
         monitor = asyncio.create_task(self._monitor.run())
         try:
@@ -119,7 +123,7 @@ class AgentService:
         if run_dir is None:
             return
         for found in processes_of(run_dir):
-            if found.name not in self.supervisor.children and found.kind in self._wanted:
+            if found.name not in self.supervisor.children and (found.kind in self._wanted or found.kind == "router"):
                 self.supervisor.add(found.name, time.monotonic())
             child = self.supervisor.children.get(found.name)
             if child is None or child.kind != found.kind or (pidfd := open_pidfd(found, run_dir)) is None:
@@ -231,6 +235,7 @@ class AgentService:
         for heap in self._args.heap_dir.glob(f"{process}.*.heap"):
             heap.unlink(missing_ok=True)
         self._perform(self.supervisor.on_exit(name, reason, now))
+        self.supervisor.keep_routers(self._num_routers)
 
     def _on_given_up(self, name: str, reason: str, fatal: bool) -> None:
         log_path = self._log_path(name)
@@ -255,6 +260,9 @@ class AgentService:
                 case Answer(message=message):
                     self._monitor.send(message)
                 case Deliver(process=process, signal=signal_name):
+                    if signal_name == signal_requests.RESTART:
+                        self._perform(self.supervisor.on_restart(process, time.monotonic()))
+                        continue
                     if signal_name in ("KILL", "TERM"):
                         self.supervisor.on_asked_to_kill(process)
                     if child := self.supervisor.by_process(process):

@@ -17,7 +17,8 @@ from common.messages import Signal, SignalDone
 
 PROOF_S = 5.0
 _NUM_REMEMBERED = 256
-SIGNALS = ("KILL", "TERM", "STOP", "CONT")
+RESTART = "RESTART"  # no signal: a successor is started, and the process leaves when that one serves
+SIGNALS = ("KILL", "TERM", "STOP", "CONT", RESTART)
 
 
 @dataclass(frozen=True, slots=True)

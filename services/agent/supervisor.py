@@ -34,6 +34,7 @@ OPERATOR_MUST_ACT = "exit 2"
 _NO_PROCESS = ProcessId("")
 ESSENTIAL_KINDS = ("monitor", "router", "prefill", "decode")
 SCALABLE_KINDS = ("prefill", "decode")
+SUCCESSOR_S = 15.0  # a router that is replaced waits so long for the next one
 _STOP_PHASES: tuple[tuple[str, ...], ...] = (("router",), ("planner", "prefill", "decode"), ("monitor",))
 
 
@@ -181,6 +182,27 @@ class Supervisor:
         surplus = max(0, len(self._lasting(kind)) - count)
         ending = [child for child in self._lasting(kind) if child.process in retire][:surplus]
         return [action for child in ending for action in self._stop(child, now)]
+
+    def keep_routers(self, count: int) -> None:
+        """Forgets routers that do not run, where ``count`` others do: a former life of the agent was replacing one."""
+        idle = [child for child in self._lasting("router") if child.state is not ChildState.RUNNING]
+        surplus = max(0, len(self._lasting("router")) - count)
+        for child in sorted(idle, key=_number, reverse=True)[:surplus]:
+            del self._children[child.name]
+
+    def on_restart(self, process: ProcessId, now: float) -> list[Action]:
+        """A new router is started, under the lowest free number, and the old one leaves once that one listens. Asked
+        again, or for a process that is no running router, it does nothing."""
+        child = self.by_process(process)
+        if child is None or child.kind != "router" or child.state is not ChildState.RUNNING:
+            return []
+        if self._stop_phase is not None:
+            return []
+        names = (f"router-{number}" for number in range(len(self._children) + 1))
+        self.add(next(name for name in names if name not in self._children), now)
+        self._stop(child, now)
+        child.kill_at = now + SUCCESSOR_S + self._config.router.drain_s + self._config.agent.stop_s
+        return [Kill(child.name, "USR1"), Kill(child.name, "CONT")]
 
     def on_asked_to_kill(self, process: ProcessId) -> None:
         if child := self.by_process(process):

@@ -36,7 +36,8 @@ _FAULTS = "kill, term, stop, cont, slow, drop_network, corrupt_heap, mask, unmas
 def up(
     decode_ranks: Annotated[int | None, typer.Option(help="Size of the expert-parallel group.")] = None,
     prefill_workers: Annotated[int | None, typer.Option(help="Number of prefill workers.")] = None,
-    port: Annotated[int, typer.Option(help="HTTP port of the router.")] = 8000,
+    routers: Annotated[int | None, typer.Option(help="Number of routers, which share the HTTP port.")] = None,
+    port: Annotated[int, typer.Option(help="HTTP port of the routers.")] = 8000,
     host: Annotated[str, typer.Option(help="Address under which the processes reach each other.")] = "127.0.0.1",
     run_dir: RunDir = _RUN_DIR,
     config: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="See common/config.py.")] = None,
@@ -54,7 +55,7 @@ def up(
 
     options = UpOptions(
         decode_ranks, prefill_workers, port, host, run_dir, config, model, secure, key_file, admin_token_file,
-        init_placement,
+        init_placement, routers,
     )  # fmt: skip
     raise typer.Exit(run_up(options))
 
@@ -159,6 +160,21 @@ def scale(
     from services.cli.run_directory import bus_address
 
     raise typer.Exit(run_scale(bus_address(run_dir, publish, subscribe, key_file), decode_ranks, prefill))
+
+
+@app.command()
+def restart(
+    process: Annotated[str, typer.Argument(metavar="NAME", help="A router, as router-0.")],
+    run_dir: RunDir = _RUN_DIR,
+    publish: Publish = "",
+    subscribe: Subscribe = "",
+    key_file: KeyFile = None,
+) -> None:
+    """Put a new router in the place of one that finishes its streams; returns when the new one serves."""
+    from services.cli.fault import fault as run_fault
+    from services.cli.run_directory import bus_address
+
+    raise typer.Exit(run_fault(bus_address(run_dir, publish, subscribe, key_file), "restart", None, process))
 
 
 @app.command()

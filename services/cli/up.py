@@ -63,6 +63,7 @@ class UpOptions:
     key_file: Path | None = None
     admin_token_file: Path | None = None
     init_placement: Path | None = None
+    routers: int | None = None
 
 
 class ClusterFailed(Exception):
@@ -72,12 +73,14 @@ class ClusterFailed(Exception):
 def effective_config(options: UpOptions) -> ClusterConfig:
     """The file with the options over it. Raises ValueError with one line."""
     config = load_config(options.config)
-    decode, prefill, model = config.decode, config.prefill, config.model
+    decode, prefill, router, model = config.decode, config.prefill, config.router, config.model
     if options.decode_ranks is not None:
         max_ranks = max(decode.max_ranks, options.decode_ranks)
         decode = msgspec.structs.replace(decode, num_ranks=options.decode_ranks, max_ranks=max_ranks)
     if options.prefill_workers is not None:
         prefill = msgspec.structs.replace(prefill, num_workers=options.prefill_workers)
+    if options.routers is not None:
+        router = msgspec.structs.replace(router, num_workers=options.routers)
     path = (options.model or Path(model.path)).resolve()
     if not (path / "config.json").is_file():
         raise OperatorError(f"no model in {path}: it has no config.json; name a Hugging Face directory with --model")
@@ -87,7 +90,9 @@ def effective_config(options: UpOptions) -> ClusterConfig:
         planner = msgspec.structs.replace(planner, init_placement=str(options.init_placement.resolve()))
     if planner.init_placement:
         read_placement_file(Path(planner.init_placement))
-    config = msgspec.structs.replace(config, decode=decode, prefill=prefill, model=model, planner=planner)
+    config = msgspec.structs.replace(
+        config, decode=decode, prefill=prefill, router=router, model=model, planner=planner
+    )
     validate(config)
     return config
 
@@ -107,7 +112,7 @@ def child_names(config: ClusterConfig) -> list[str]:
     return [
         "monitor",
         "planner",
-        "router-0",
+        *(f"router-{number}" for number in range(config.router.num_workers)),
         *(f"prefill-{number}" for number in range(config.prefill.num_workers)),
         *(f"decode-{number}" for number in range(config.decode.num_ranks)),
     ]

@@ -15,6 +15,7 @@ from common.ids import NO_RANK, Epoch, Incarnation, ProcessId, Rank, RequestId
 from common.messages import (
     Abort,
     Announce,
+    Directory,
     Have,
     KvHandoff,
     KvPart,
@@ -26,6 +27,7 @@ from common.messages import (
     TopLogprobs,
     Unknown,
 )
+from common.router_watch import RouterWatch
 from common.sampling_bounds import sampling_fault
 from services.decode.actions import Send
 from services.decode.batch_scheduler import BatchScheduler, Room
@@ -52,6 +54,7 @@ class Delivery:
         handoff_bytes: int = 1 << 30,
         prompt_tokens: int = 32,
         kv_reserve_tokens: int = 64,
+        router_lost_s: float = 10.0,
     ) -> None:
         self._scheduler, self._limits = scheduler, limits
         self._handoff_bytes, self._prompt_tokens = handoff_bytes, prompt_tokens
@@ -60,6 +63,7 @@ class Delivery:
         self._requests: dict[RequestId, Request] = {}
         self._early_kv = EarlyKv()
         self._tombstones = Tombstones()
+        self._routers = RouterWatch(router_lost_s)
         self._news: dict[ProcessId, list[Tokens]] = {}
         self._repeat_at = 0.0
         self.num_committed = 0
@@ -77,8 +81,10 @@ class Delivery:
         self._rank, self._incarnation = rank, incarnation
 
     def on_message(self, peer: ProcessId, message: Message, frames: Frames, now: float) -> list[Send]:
-        """Any message of a router or a prefill worker; others are none of this class's business."""
+        """Any message of a router or a prefill worker, and the directory; others are none of this class's business."""
         match message:
+            case Directory():
+                self._routers.on_directory(message)
             case Announce():
                 return self.on_announce(message, now)
             case KvPart() | KvHandoff():
@@ -194,7 +200,11 @@ class Delivery:
             return []
         self._repeat_at = now + REPEAT_S / 5
         sends: list[Send] = []
+        lost = self._routers.lost({known.announce.router for known in self._requests.values()}, now)
         for request, known in list(self._requests.items()):
+            if known.announce.router in lost:
+                self.on_end(request, known.announce.attempt)
+                continue
             if known.stage is Stage.ANNOUNCED and known.handoff and now - known.since > INCOMPLETE_KEPT_S:
                 sends += self._refuse(known, "some of the KV was lost on the way")
                 continue

@@ -15,6 +15,7 @@ from common.ids import ProcessId, make_process_id
 from common.messages import (
     Abort,
     Announce,
+    Directory,
     ExpertLoad,
     Have,
     Heartbeat,
@@ -35,6 +36,7 @@ from common.monitor_address import interface_for
 from common.monitor_client import MonitorClient
 from common.network_cut import NetworkCut
 from common.process_args import ProcessArgs
+from common.service_runner import for_the_operator
 from common.transport import Endpoint, Link, open_context
 from services.decode import actions
 from services.decode.actions import Action
@@ -53,13 +55,15 @@ class DecodeService:
         self._process = args.process_id or make_process_id(args.name, secrets.randbits(64))
 
     async def serve(self, stop: asyncio.Event) -> None:
-        """Runs until ``stop``. Raises ValueError when the checkpoint or the heap directory cannot be used."""
+        """Runs until ``stop``. Raises OperatorError when the checkpoint or the heap directory cannot be used."""
         # Exact bits assume one thread (common/model/row_blocks.py), and ranks share the cores anyway.
         torch.set_num_threads(1)
-        loop, context = asyncio.get_running_loop(), open_context(self._args.monitor_address.key)
+        loop = asyncio.get_running_loop()
         ended: asyncio.Future[BaseException | None] = loop.create_future()
         network = NetworkCut()
-        self._endpoint = Endpoint(context, self._args.port, interface_for(self._args.host), network)
+        with for_the_operator():
+            context = open_context(self._args.monitor_address.key)
+            self._endpoint = Endpoint(context, self._args.port, interface_for(self._args.host), network)
         self._publisher = BusPublisher(context, self._args.monitor_address, network)
         self._subscriber = BusSubscriber(context, self._args.monitor_address, ("view",), network)
         self._links = _Links(context, self._process, network)
@@ -140,7 +144,7 @@ class DecodeService:
 
     def _on_monitor_message(self, message: Message) -> None:
         """Already checked: of the monitor that this process obeys."""
-        if isinstance(message, Welcome | Prepare | View | RollCall | StagePlacement | Inject):
+        if isinstance(message, Welcome | Prepare | View | RollCall | StagePlacement | Inject | Directory):
             self._stream.deliver(self._process, message)
 
     def _hello(self) -> Hello:

@@ -20,6 +20,7 @@ from common.config import ClusterConfig
 from common.ids import NO_RANK, Epoch, Incarnation, ProcessId, RequestId
 from common.kv_blocks import BlockAllocator
 from common.messages import (
+    Directory,
     ExpertLoad,
     Have,
     Inject,
@@ -36,6 +37,7 @@ from common.messages import (
 from common.network_cut import NetworkCut
 from common.pace import Pace
 from common.self_faults import SelfFaults
+from common.service_runner import for_the_operator
 from common.view import ranks
 from kernels.epoch_state import VoidReason
 from services.decode import actions
@@ -193,8 +195,11 @@ class Stream:
         except Exception as caught:
             error = caught
         finally:
-            if self._engine:
-                self._engine.end_life()
+            try:
+                if self._engine:
+                    self._engine.end_life()
+            except Exception as caught:
+                error = error or caught
             self._on_end(error)
 
     def _turn(self) -> None:
@@ -223,7 +228,7 @@ class Stream:
         membership, now, message = self._membership, self._clock(), item.message
         match message:
             case Welcome():
-                self._configure(message.config)
+                self._configure(message.config, message.directory)
                 rank, incarnation, masked = message.rank, message.incarnation, message.masked
                 self._perform(membership.on_welcome(rank, incarnation, message.view, now, masked))
             case Prepare() if self._engine:
@@ -246,18 +251,25 @@ class Stream:
             case _:
                 pass
 
-    def _configure(self, config: ClusterConfig) -> None:
+    def _configure(self, config: ClusterConfig, directory: Directory) -> None:
         """The first welcome's configuration holds for the life of the process."""
         if self._engine is not None:
             return
         self._config = config
-        self._engine = RankEngine(config, self._heap_dir, self._process, self._pace, self._link_fault)
+        with for_the_operator():
+            self._engine = RankEngine(config, self._heap_dir, self._process, self._pace, self._link_fault)
         blocks: BlockAllocator[RequestId] = BlockAllocator(config.decode.num_kv_blocks, config.decode.block_size)
         self._scheduler = BatchScheduler(blocks, config.decode.max_batch, _MAX_WAITING)
         decode = config.decode
         self._delivery = Delivery(
-            self._scheduler, self._engine.limits, decode.handoff_bytes, decode.prompt_tokens, decode.kv_reserve_tokens
+            self._scheduler,
+            self._engine.limits,
+            decode.handoff_bytes,
+            decode.prompt_tokens,
+            decode.kv_reserve_tokens,
+            config.router.lost_s,
         )
+        self._delivery.on_message(self._process, directory, (), self._clock())
         self._membership.lonely_s = config.decode.lonely_s
 
     def _inject(self, inject: Inject, now: float) -> None:
@@ -278,7 +290,8 @@ class Stream:
 
     def _begin_life(self) -> None:
         if self._engine and not self._has_life:
-            self._engine.begin_life(self._life)
+            with for_the_operator():
+                self._engine.begin_life(self._life)
             self._has_life = True
 
     def _perform(self, wanted: Sequence[Action]) -> None:

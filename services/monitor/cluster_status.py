@@ -78,7 +78,7 @@ class ClusterStatus:
         state = self._directory.state_of(process.id) if hello.kind == "decode" else process.beat.state
         values = {**dict.fromkeys(counters, 0), **process.beat.counters}
         head = {"name": hello.name, "kind": hello.kind, "pid": hello.pid, "host": hello.host, "state": state}
-        return {**values, **head, "process": process.id, "epoch": process.beat.epoch}
+        return {**values, **head, "endpoint": hello.endpoint, "process": process.id, "epoch": process.beat.epoch}
 
     def _is_shown(self, slot: Slot) -> bool:
         """A vacant slot is a dead rank until the group has its size again."""

@@ -138,6 +138,7 @@ class FaultDesk:
     def _start(self, pending: PendingFault, now: float) -> None:
         fault = pending.fault
         pending.started_at, pending.round = now, self._group.num_rounds
+        pending.routers = self._targets.routers()
         match fault.action:
             case "mask":
                 self._membership.mask(Rank(fault.rank), f"mask, event {fault.id}", now)

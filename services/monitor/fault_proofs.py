@@ -20,6 +20,8 @@ class FaultProofs:
             case "kill" | "term":
                 gone = self._table.gone.get(pending.process)
                 return f"pid {pending.pid} gone: {gone}" if gone else pending.word
+            case "restart":
+                return self._proof_of_restart(pending, now)
             case "scale":
                 return self._sizing.proof(fault.counts, now)
             case "mask" | "drain":
@@ -46,6 +48,8 @@ class FaultProofs:
                 return f"no agent has reaped pid {pending.pid}"
             case "stop" | "cont":
                 return f"no agent has seen pid {pending.pid} {'stand still' if fault.action == 'stop' else 'run'}"
+            case "restart":
+                return f"no new router serves in the place of {who}, or that one goes on"
             case "scale":
                 return f"not all ranks and workers of {who} are up and in one adopted view, or some are left over"
             case "mask" | "drain" if self._group.member(pending.process) is None and self._group.is_adopted:
@@ -56,6 +60,16 @@ class FaultProofs:
                 return f"no agent has reaped pid {pending.pid}"
             case _:
                 return f"no word of {who}" if pending.said is None else f"{who} says: {pending.said.proof}"
+
+    def _proof_of_restart(self, pending: PendingFault, now: float) -> str:
+        """The successor serves, and the old one takes nothing new."""
+        old = self._table.get(pending.process)
+        if pending.process not in self._table.gone and old is not None and old.beat.state != "draining":
+            return ""
+        for router in self._table.of_kind("router"):
+            if router.id not in pending.routers and router.beat.state == "up" and self._table.is_live(router, now):
+                return f"{router.hello.name}, pid {router.hello.pid}, serves in its place"
+        return ""
 
     def _proof_of_mask(self, pending: PendingFault) -> str:
         """A drain is over only when the rank itself says that it holds nothing any more."""

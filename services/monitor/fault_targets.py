@@ -49,11 +49,18 @@ class FaultTargets:
 
     def _to_signal(self, fault: Fault, now: float) -> Target:
         process, pid, kind = self._process(fault, now)
+        if fault.action == "restart" and kind != "router":
+            raise refusal(fault, f"{fault.target} is no router; others come back after term")
         if self.signaller(process, now) is None:
             raise refusal(fault, f"no agent that could signal {fault.target} is connected")
         if fault.action == "stop" and kind in ("monitor", "agent") and not fault.duration_s:
             raise refusal(fault, f"nobody could continue {fault.target} again: give duration_s")
+        if fault.action == "restart":
+            return process, pid, self._config.monitor.prepare_timeout_s
         return process, pid, _SIGNAL_S + fault.duration_s
+
+    def routers(self) -> frozenset[ProcessId]:
+        return frozenset(router.id for router in self._table.of_kind("router"))
 
     def _to_hurt(self, fault: Fault, now: float) -> Target:
         process, pid, kind = self._process(fault, now)

@@ -21,5 +21,6 @@ class PendingFault:
     started_at: float | None = None
     round: int = 0
     sent_at: float | None = None
+    routers: frozenset[ProcessId] = frozenset()  # those that were there when a restart began
     word: str = ""  # the agent's, of a signal
     said: Injected | None = None  # the process's own, of what it does to itself

@@ -24,7 +24,7 @@ from common.model.config import load_model_config
 from common.monitor_address import MonitorAddress, interface_for
 from common.monitor_client import keep_alive
 from common.process_args import ProcessArgs
-from common.service_runner import OperatorError
+from common.service_runner import OperatorError, for_the_operator
 from common.transport import Endpoint, listen, open_context
 from services.monitor.actions import Action, Emit, Exit, Publish, Send
 from services.monitor.monitor import Monitor
@@ -81,11 +81,9 @@ class MonitorService:
     ) -> None:
         self._address, self._monitor, self._config = address, monitor, config
         self._interface = interface_for(address.host)
-        try:
+        with for_the_operator():
             self._bus = Bus(context, address, self._interface)
             self._endpoint = Endpoint(context, address.port, self._interface)
-        except ValueError as error:
-            raise OperatorError(str(error)) from None
         self._is_closed = False
         self._connections = itertools.count(1)
         self._writers: set[asyncio.StreamWriter] = set()
@@ -238,8 +236,9 @@ def _line(event: dict[str, Any]) -> str:
 
 async def serve(args: ProcessArgs, stop: asyncio.Event) -> None:
     """Reads the configuration and the shape of the model, then runs until ``stop`` is set."""
-    config = load_config(args.config)
-    model = load_model_config(Path(config.model.path))
+    with for_the_operator():
+        config = load_config(args.config)
+        model = load_model_config(Path(config.model.path))
     address = args.monitor_address
     process = args.process_id or make_process_id(args.name, SystemRandom().getrandbits(64))
     host = args.host
@@ -254,7 +253,8 @@ async def serve(args: ProcessArgs, stop: asyncio.Event) -> None:
             "ANYBODY who reaches ports %d to %d of %s can kill ranks and read prompts: no --key-file was given",
             address.port, address.port + 3, address.host,
         )  # fmt: skip
-    context = open_context(address.key)
+    with for_the_operator():
+        context = open_context(address.key)
     try:
         await MonitorService(context, address, monitor, config).run(stop)
     finally:

@@ -23,6 +23,7 @@ from common.monitor_client import MonitorClient
 from common.network_cut import NetworkCut
 from common.placement_file import PlacementFile, parse_placement_file
 from common.process_args import ProcessArgs
+from common.service_runner import for_the_operator
 from common.transport import open_context
 from services.planner.balancer import Balancer, ModelShape
 from services.planner.plan import Answer, Question, answer, first_plan
@@ -156,7 +157,8 @@ class PlannerService:
         """A monitor that was started again may have another configuration, of another model even."""
         if config == self._config:
             return
-        model = load_model_config(Path(config.model.path))
+        with for_the_operator():
+            model = load_model_config(Path(config.model.path))
         num_layers, num_experts = model.num_moe_layers, model.n_routed_experts
         expert_bytes = 3 * 4 * model.hidden_size * model.moe_intermediate_size
         self._config = config

@@ -31,6 +31,7 @@ from common.messages import (
     TopLogprobs,
     Unknown,
 )
+from common.router_watch import RouterWatch
 from common.sampling_bounds import sampling_fault
 from services.prefill.prefix_cache import PrefixCache
 
@@ -111,7 +112,9 @@ class PrefillQueue:
         chunk_tokens: int,
         limits: PrefillLimits,
         prefixes: PrefixCache[Attempt] | None = None,
+        router_lost_s: float = 10.0,
     ) -> None:
+        self.routers = RouterWatch(router_lost_s)
         self.blocks = blocks
         self.prefixes: PrefixCache[Attempt] = prefixes or PrefixCache(0, 1, blocks.block_size)
         self._chunk_tokens, self._limits = chunk_tokens, limits
@@ -120,10 +123,12 @@ class PrefillQueue:
         self.num_tokens_computed = 0
 
     @classmethod
-    def of(cls, config: PrefillConfig, block_size: int, limits: PrefillLimits) -> "PrefillQueue":
+    def of(
+        cls, config: PrefillConfig, block_size: int, limits: PrefillLimits, router_lost_s: float = 10.0
+    ) -> "PrefillQueue":
         prefixes: PrefixCache[Attempt] = PrefixCache(config.prefix_cache_bytes, limits.kv_block_bytes, block_size)
         blocks: BlockAllocator[Attempt] = BlockAllocator(config.num_kv_blocks + prefixes.max_blocks, block_size)
-        return cls(blocks, config.chunk_tokens, limits, prefixes)
+        return cls(blocks, config.chunk_tokens, limits, prefixes, router_lost_s)
 
     @property
     def num_running(self) -> int:
@@ -155,6 +160,12 @@ class PrefillQueue:
 
     def on_abort(self, abort: Abort) -> None:
         self._drop(abort.request, abort.attempt)
+
+    def on_tick(self, now: float) -> None:
+        """Drops what routers asked for that are gone."""
+        lost = self.routers.lost({work.prefill.router for work in self._work.values()}, now)
+        for attempt in [attempt for attempt, work in self._work.items() if work.prefill.router in lost]:
+            self._remove(attempt)
 
     def on_ask(self, ask: AskPrefill) -> Message:
         attempt = (ask.request, ask.attempt)

@@ -17,6 +17,7 @@ from common.ids import Epoch, make_process_id
 from common.messages import (
     Abort,
     AskPrefill,
+    Directory,
     Heartbeat,
     Hello,
     Inject,
@@ -35,10 +36,13 @@ from common.network_cut import NetworkCut
 from common.pace import Pace
 from common.process_args import ProcessArgs
 from common.self_faults import SelfFaults
+from common.service_runner import for_the_operator
 from common.transport import Endpoint, Link, open_context
 from services.prefill.decode_links import DecodeLinks
 from services.prefill.prefill_engine import Piece, Prefilled, PrefillEngine
 from services.prefill.prefill_queue import Chunk, PrefillQueue
+
+_TICK_S = 0.5
 
 log = logging.getLogger("regrow.prefill")
 
@@ -48,6 +52,7 @@ class PrefillService:
         self._args = args
         self._process = args.process_id or make_process_id(args.name, secrets.randbits(64))
         self._view: View | None = None
+        self._directory: Directory | None = None
         self._queue: PrefillQueue | None = None
         self._decode_links = DecodeLinks()
         self._links: dict[str, Link] = {}
@@ -56,10 +61,11 @@ class PrefillService:
         self._num_batches = self._num_done = 0
 
     async def serve(self, stop: asyncio.Event) -> None:
-        """Runs until ``stop``. Raises ValueError when the checkpoint cannot be used."""
+        """Runs until ``stop``. Raises OperatorError when the checkpoint cannot be used."""
         torch.set_num_threads(1)  # exact bits assume it: common/model/row_blocks.py
-        context = self._context = open_context(self._args.monitor_address.key)
-        self._endpoint = Endpoint(context, self._args.port, interface_for(self._args.host), self._network)
+        with for_the_operator():
+            context = self._context = open_context(self._args.monitor_address.key)
+            self._endpoint = Endpoint(context, self._args.port, interface_for(self._args.host), self._network)
         self._subscriber = BusSubscriber(context, self._args.monitor_address, ("view",), self._network)
         self._config: asyncio.Future[ClusterConfig] = asyncio.get_running_loop().create_future()
         self._work = asyncio.Event()
@@ -99,16 +105,20 @@ class PrefillService:
         """Loads the model when the monitor has said which, then serves. Requests wait in the socket until then."""
         loop = asyncio.get_running_loop()
         config = await self._config
-        engine = await loop.run_in_executor(
-            executor, PrefillEngine, config.model.path, config.prefill, config.decode.block_size
-        )
-        self._queue = PrefillQueue.of(config.prefill, config.decode.block_size, engine.limits)
+        with for_the_operator():
+            engine = await loop.run_in_executor(
+                executor, PrefillEngine, config.model.path, config.prefill, config.decode.block_size
+            )
+        self._queue = PrefillQueue.of(config.prefill, config.decode.block_size, engine.limits, config.router.lost_s)
+        if self._directory is not None:
+            self._queue.routers.on_directory(self._directory)
 
         def push(piece: Piece) -> None:
             loop.call_soon_threadsafe(self._push, piece)
 
         async with asyncio.TaskGroup() as group:
             group.create_task(self._receive_from_peers(self._queue))
+            group.create_task(self._tick(self._queue))
             while True:
                 batch = self._queue.next_batch()
                 if not batch:
@@ -141,6 +151,11 @@ class PrefillService:
             if answer is not None:
                 self._endpoint.send(incoming.peer, answer)
 
+    async def _tick(self, queue: PrefillQueue) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            queue.on_tick(time.monotonic())
+
     async def _receive_from_bus(self) -> None:
         while True:
             _, message = await self._subscriber.receive()
@@ -149,7 +164,10 @@ class PrefillService:
 
     def _on_monitor_message(self, message: Message) -> None:
         match message:
+            case Directory():
+                self._on_directory(message)
             case Welcome(config=config, view=view):
+                self._on_directory(message.directory)
                 if not self._config.done():
                     self._config.set_result(config)
                 if view is not None:
@@ -167,6 +185,11 @@ class PrefillService:
     def _say_all(self, words: Sequence[Injected]) -> None:
         for word in words:
             self._client.send(word)
+
+    def _on_directory(self, directory: Directory) -> None:
+        self._directory = directory
+        if self._queue is not None:
+            self._queue.routers.on_directory(directory)
 
     def _on_view(self, view: View) -> None:
         if self._view is not None and view.epoch <= self._view.epoch:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import errno
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -11,8 +10,8 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
+from common.ids import ProcessId
 from common.metrics import CONTENT_TYPE_LATEST
-from common.service_runner import OperatorError
 from services.router import openai_format
 from services.router.answer import Answer
 from services.router.api_error import ApiError
@@ -52,6 +51,11 @@ class Gateway(Protocol):
         ...
 
     async def cluster_status(self) -> dict[str, Any]: ...
+    def process(self) -> ProcessId: ...
+    def is_leaving(self) -> bool:
+        """Connections end with the answer that is under way: a client must not use them again."""
+        ...
+
     def requests_in_flight(self) -> list[dict[str, object]]: ...
     def render_metrics(self, placement: Mapping[str, Any]) -> bytes: ...
 
@@ -63,6 +67,7 @@ class HttpApi:
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[errors_as_json])
+        app.on_response_prepare.append(self._end_connection)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_post("/v1/chat/completions", self._chat_completions)
         app.router.add_get("/v1/models", self._models)
@@ -78,6 +83,11 @@ class HttpApi:
         app.router.add_get("/requests", self._requests)
         self._admin.add_routes(app)
         return app
+
+    async def _end_connection(self, request: web.Request, response: web.StreamResponse) -> None:
+        if self._gateway.is_leaving():
+            response.force_close()
+            response.headers["Connection"] = "close"
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         return await self._generate(request, chat=False)
@@ -153,7 +163,7 @@ class HttpApi:
 
         The id of a first choice is that of the answer without ``cmpl-`` or ``chatcmpl-``; the others' numbers follow.
         """
-        return json_response({"requests": self._gateway.requests_in_flight()})
+        return json_response({"router": self._gateway.process(), "requests": self._gateway.requests_in_flight()})
 
     async def _cluster(self, request: web.Request) -> web.Response:
         return json_response(await self._gateway.cluster_status())
@@ -167,14 +177,3 @@ def make_runner(gateway: Gateway, admin: AdminApi, shutdown_timeout_s: float) ->
         handler_cancellation=True,  # a handler whose client is gone is cancelled, and its request aborted
         shutdown_timeout=shutdown_timeout_s,
     )
-
-
-async def listen(runner: web.AppRunner, port: int) -> web.TCPSite:
-    """Serves on all interfaces. Raises OperatorError when the port is not to be had."""
-    site = web.TCPSite(runner, "0.0.0.0", port)
-    try:
-        await site.start()
-    except OSError as error:
-        reason = "it is in use" if error.errno == errno.EADDRINUSE else error.strerror
-        raise OperatorError(f"cannot listen on port {port}: {reason}; choose another with --port") from None
-    return site

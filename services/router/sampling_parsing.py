@@ -1,16 +1,14 @@
 """What a request says about how its tokens are chosen."""
 
 from common.messages import Sampling
+from common.sampling_bounds import MAX_BIAS, REPETITION_PENALTIES
 from services.router.api_error import ApiError
 from services.router.json_fields import JsonFields, wrong
 from services.router.model_limits import ModelLimits
 
 _MAX_COMPLETION_LOGPROBS = 5
 _MAX_CHAT_LOGPROBS = 20
-_MAX_BIAS = 100.0
 _MAX_PENALTY = 2.0
-# Beyond these a logit would leave what fp32 can hold.
-_REPETITION_PENALTIES = (0.01, 100.0)
 
 
 def parse_sampling(fields: JsonFields, chat: bool, echo: bool, limits: ModelLimits) -> Sampling:
@@ -31,7 +29,7 @@ def parse_sampling(fields: JsonFields, chat: bool, echo: bool, limits: ModelLimi
         min_p=fields.number("min_p", 0.0, 1.0, 0.0),
         presence_penalty=fields.number("presence_penalty", -_MAX_PENALTY, _MAX_PENALTY, 0.0),
         frequency_penalty=fields.number("frequency_penalty", -_MAX_PENALTY, _MAX_PENALTY, 0.0),
-        repetition_penalty=fields.number("repetition_penalty", *_REPETITION_PENALTIES, 1.0),
+        repetition_penalty=fields.number("repetition_penalty", *REPETITION_PENALTIES, 1.0),
         logit_bias=_logit_bias(fields, limits),
         num_top_logprobs=num_top_logprobs or 0,
         prompt_logprobs=echo and num_top_logprobs is not None,
@@ -54,8 +52,8 @@ def _logit_bias(fields: JsonFields, limits: ModelLimits) -> tuple[tuple[int, flo
     for key, bias in table.items():
         if not (key.isascii() and key.isdigit() and len(key) < 20 and int(key) < limits.vocab_size):
             raise wrong("logit_bias", f"an object whose keys are token ids below {limits.vocab_size}", key)
-        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -_MAX_BIAS <= bias <= _MAX_BIAS:
-            raise wrong("logit_bias", f"an object of numbers between {-_MAX_BIAS:g} and {_MAX_BIAS:g}", bias)
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise wrong("logit_bias", f"an object of numbers between {-MAX_BIAS:g} and {MAX_BIAS:g}", bias)
         biases[int(key)] = float(bias)
     return tuple(sorted(biases.items()))
 

@@ -9,12 +9,12 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import zmq.asyncio
-from aiohttp import web
 
 from common.admin_token import VARIABLE, read_admin_token
 from common.bus import BusSubscriber
@@ -26,20 +26,26 @@ from common.monitor_client import MonitorClient
 from common.network_cut import NetworkCut
 from common.placement_metrics import PlacementMetrics
 from common.process_args import ProcessArgs
+from common.service_runner import event_of_signal, first_of, for_the_operator
 from common.transport import Link, open_context
 from services.router.admission import RETRY_AFTER_OUTAGE_S, RETRY_AFTER_S, Admission
 from services.router.api_error import ApiError
 from services.router.choices import Choice
 from services.router.http_admin import AdminApi
-from services.router.http_api import listen, make_runner
+from services.router.http_api import make_runner
 from services.router.http_cluster import ClusterStatus
 from services.router.http_generation import Generation, Generations, Outbox
+from services.router.http_port import SharedPort
 from services.router.request_actions import Action, Deliver, Fail, Replaced, Send
 from services.router.request_table import RequestTable
 from services.router.served_model import ServedModel, load_served_model
 from services.router.text_stream import TextStream
 
 _TICK_S = 0.05
+_ANY = "0.0.0.0"
+SUCCESSOR_S = 15.0  # a router that is replaced serves on until the next one listens
+_ACCEPT_S = 0.2  # for connections whose first packet came before the port was left: a few round trips
+_QUIET_S = 0.2
 # After the drain: time to write what is left to the clients.
 _LAST_WORDS_S = 1.0
 
@@ -48,7 +54,8 @@ log = logging.getLogger("regrow.router")
 
 async def serve(args: ProcessArgs, stop: asyncio.Event) -> None:
     """Runs a router until ``stop`` is set and its streams have ended or been given ``drain_s``."""
-    context = open_context(args.monitor_address.key)
+    with for_the_operator():
+        context = open_context(args.monitor_address.key)
     try:
         await Router(args, context).run(stop)
     finally:
@@ -71,6 +78,8 @@ class Router:
         self._view: View | None = None
         self._directory: Directory | None = None
         self._generations: dict[RequestId, Generation] = {}
+        self._welcomed = asyncio.Event()
+        self._is_leaving = False
         self._idle = asyncio.Event()  # set while there are no generations
         self._idle.set()
         self._links: dict[ProcessId, tuple[Link, asyncio.Task[None]]] = {}
@@ -93,22 +102,31 @@ class Router:
         self._bus = BusSubscriber(context, args.monitor_address, ("view",), self._network)
 
     async def run(self, stop: asyncio.Event) -> None:
-        token = read_admin_token(self._args.admin_token_file, os.environ.get(VARIABLE, ""))
+        with for_the_operator():
+            token = read_admin_token(self._args.admin_token_file, os.environ.get(VARIABLE, ""))
         admin = AdminApi(self._context, self._args.monitor_address, token)
         runner = make_runner(self, admin, shutdown_timeout_s=_LAST_WORDS_S)
         await runner.setup()
         try:
-            site = await listen(runner, self._args.port)
-            self._endpoint = f"http://{self._args.host}:{runner.addresses[0][1]}"
-            log.info("listening on %s", self._endpoint)
+            # One of its own for what concerns this router alone (metrics, requests), one that all routers share.
+            own_port, port = (SharedPort(_ANY, number) for number in (0, self._args.port))
+            await own_port.open(runner)
+            self._endpoint = f"http://{self._args.host}:{own_port.number}"
+            retired = event_of_signal(signal.SIGUSR1)
             async with self._tasks as group:
                 tasks = [
                     group.create_task(self._client.run()),
                     group.create_task(self._follow_bus()),
                     group.create_task(self._tick()),
                 ]
-                await stop.wait()
-                await self._drain(site)
+                await first_of(stop, self._welcomed)
+                if not stop.is_set():
+                    await port.open(runner)
+                    log.info("listening on port %d, alone on %s", port.number, self._endpoint)
+                    await first_of(stop, retired)
+                    if not stop.is_set() and not await port.wait_for_others(SUCCESSOR_S):
+                        log.warning("no other router listens on port %d", port.number)
+                await self._leave(port)
                 for task in [*tasks, *(task for _, task in self._links.values())]:
                     task.cancel()
         finally:
@@ -155,7 +173,7 @@ class Router:
         return generation
 
     def unhealthy(self) -> str | None:
-        if self._admission.draining:
+        if self._is_leaving:
             return "shutting down"
         if self._model is None:
             return "waiting for the monitor"
@@ -167,6 +185,12 @@ class Router:
 
     async def cluster_status(self) -> dict[str, Any]:
         return await self._status.get()
+
+    def process(self) -> ProcessId:
+        return self._process
+
+    def is_leaving(self) -> bool:
+        return self._is_leaving
 
     def requests_in_flight(self) -> list[dict[str, object]]:
         return self._table.snapshot()
@@ -196,7 +220,7 @@ class Router:
             self._process,
             term=self._client.term,
             epoch=self._view.epoch if self._view else Epoch(0),
-            state="draining" if self._admission.draining else "starting" if self._model is None else "up",
+            state="draining" if self._is_leaving else "starting" if self._model is None else "up",
             counters=self._counters,
         )
 
@@ -216,8 +240,10 @@ class Router:
             self._config = welcome.config
             self._admission.config = welcome.config.router
             self._table = RequestTable(self._process, welcome.config)
-            self._model = load_served_model(welcome.config)
+            with for_the_operator():
+                self._model = load_served_model(welcome.config)
             log.info("serving %s", self._model.limits.name)
+            self._welcomed.set()
         self._on_membership(welcome.directory)
         if welcome.view is not None:
             self._on_membership(welcome.view)
@@ -320,14 +346,26 @@ class Router:
 
     # Coming and going.
 
-    async def _drain(self, site: web.TCPSite) -> None:
-        """Streams may end for ``drain_s``; what is left then is told so and aborted."""
+    async def _leave(self, port: SharedPort) -> None:
+        """Streams may end for ``drain_s``, and so long a client may still ask over a connection that it has; what is
+        left then is told so and aborted."""
+        self._is_leaving = True
+        await port.leave(_ACCEPT_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.router.drain_s):
+                await self._until_quiet()
         self._admission.draining = True
-        await site.stop()
-        await self._wait_until_idle(self._config.router.drain_s)
         for generation in list(self._generations.values()):
             generation.fail(ApiError(503, "this router was shut down", retry_after_s=RETRY_AFTER_S))
         await self._wait_until_idle(_LAST_WORDS_S)
+
+    async def _until_quiet(self) -> None:
+        """No streams, and none again for as long as a client needs to send its next request."""
+        num_requests = -1
+        while num_requests != self._num_requests:
+            num_requests = self._num_requests
+            await self._idle.wait()
+            await asyncio.sleep(_QUIET_S)
 
     async def _wait_until_idle(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

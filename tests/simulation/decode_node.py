@@ -7,6 +7,7 @@ from common.ids import ProcessId
 from common.messages import (
     Abort,
     Announce,
+    Directory,
     ExpertLoad,
     Have,
     Heartbeat,
@@ -74,7 +75,7 @@ class DecodeNode(ClientNode):
         match message:
             case Announce() | KvPart() | KvHandoff() | Have() | Abort() | Release() | Wake():
                 self.stream.deliver(peer, message, frames)
-            case Welcome() | Prepare() | View() | RollCall() | StagePlacement():
+            case Welcome() | Prepare() | View() | RollCall() | StagePlacement() | Directory():
                 self.stream.deliver(self.process, message)
             case _:
                 pass

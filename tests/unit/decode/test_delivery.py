@@ -9,6 +9,7 @@ from common.kv_blocks import BlockAllocator
 from common.messages import (
     Abort,
     Announce,
+    Directory,
     Have,
     KvHandoff,
     KvPart,
@@ -18,6 +19,7 @@ from common.messages import (
     TokenBatch,
     Tokens,
     Unknown,
+    Worker,
 )
 from services.decode.actions import Send
 from services.decode.batch_scheduler import BatchScheduler
@@ -340,6 +342,23 @@ def test_kv_that_waits_for_blocks_is_bounded() -> None:
     alone = make(handoff_bytes=1)
     alone.on_announce(announce(), 0.0)
     assert alone.on_kv(part(0, 2), frames(2), 0.0) == [], "or it could never be served"
+
+
+def test_requests_of_a_router_that_is_gone_are_dropped() -> None:
+    delivery = make()
+    delivery.on_announce(announce(), 0.0)
+    delivery.on_kv(kv(), frames(), 0.0)
+    delivery.admit()
+    assert list(delivery.steps())
+    other = Worker(ProcessId("router-1-b"), "router", "router-1", "127.0.0.1", 1, "")
+    delivery.on_message(ROUTER, Directory(ProcessId("m"), 1024, 1, (other,)), (), 0.0)
+    delivery.on_tick(1.0)
+    delivery.on_tick(10.9)
+    assert list(delivery.steps()), "it may be away for a moment"
+    delivery.on_tick(11.0)
+    assert not list(delivery.steps())
+    delivery.check_invariants()
+    assert isinstance(delivery.on_have(Have(RequestId("a"), 1, 1), ROUTER)[0].message, Unknown)
 
 
 def test_finished_requests_are_not_kept_for_ever() -> None:

@@ -1,0 +1,35 @@
+"""A router that is gone for good, and one that is only away for a moment."""
+
+from common.ids import ProcessId
+from common.messages import Directory, Worker
+from common.router_watch import RouterWatch
+
+ONE, TWO = ProcessId("router-0-a"), ProcessId("router-1-b")
+
+
+def directory(version: int, *routers: ProcessId) -> Directory:
+    workers = tuple(Worker(router, "router", "router", "127.0.0.1", 1, "") for router in routers)
+    return Directory(ProcessId("m"), 1024, version, workers)
+
+
+def test_only_a_long_absence_counts() -> None:
+    watch = RouterWatch(10.0)
+    assert not watch.lost([ONE, TWO], 0.0), "nobody has said who is there"
+    watch.on_directory(directory(1, ONE, TWO))
+    watch.on_directory(directory(2, TWO))
+    assert not watch.lost([ONE, TWO], 1.0)
+    assert not watch.lost([ONE, TWO], 10.9)
+    assert watch.lost([ONE, TWO], 11.0) == {ONE}
+    assert not watch.lost([TWO], 12.0)
+
+
+def test_a_router_that_comes_back_in_time_starts_anew() -> None:
+    watch = RouterWatch(10.0)
+    watch.on_directory(directory(2, TWO))
+    assert not watch.lost([ONE], 0.0)
+    watch.on_directory(directory(3, ONE, TWO))
+    assert not watch.lost([ONE], 9.0)
+    watch.on_directory(directory(4, TWO))
+    assert not watch.lost([ONE], 11.0)
+    watch.on_directory(directory(3, ONE, TWO))  # late
+    assert watch.lost([ONE], 21.0) == {ONE}
