@@ -112,6 +112,7 @@ class Router:
             own_port, port = (SharedPort(_ANY, number) for number in (0, self._args.port))
             await own_port.open(runner)
             self._endpoint = f"http://{self._args.host}:{own_port.number}"
+            log.info("listening on %s, and on port %d when the monitor has answered", self._endpoint, port.number)
             retired = event_of_signal(signal.SIGUSR1)
             async with self._tasks as group:
                 tasks = [
@@ -122,7 +123,7 @@ class Router:
                 await first_of(stop, self._welcomed)
                 if not stop.is_set():
                     await port.open(runner)
-                    log.info("listening on port %d, alone on %s", port.number, self._endpoint)
+                    log.info("listening on port %d", port.number)
                     await first_of(stop, retired)
                     if not stop.is_set() and not await port.wait_for_others(SUCCESSOR_S):
                         log.warning("no other router listens on port %d", port.number)
