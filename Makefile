@@ -5,12 +5,13 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup up demo test test-compose test-namespaces chaos chaos-sim soak bench bench-failover bench-migration bench-planner check format
+.PHONY: help setup up demo test test-faults test-compose test-namespaces chaos chaos-sim soak bench bench-failover bench-migration bench-planner check format
 
 help:
 	@echo "make up            start a cluster on http://127.0.0.1:8000; Ctrl-C stops it"
 	@echo "make demo          kill a rank under sixteen streams and compare every token"
 	@echo "make test          all tests that need neither a GPU nor Docker"
+	@echo "make test-faults   every fault against real processes, as a table of what clients saw (20 minutes)"
 	@echo "make test-compose  the containers, for real (needs a Docker engine)"
 	@echo "make test-namespaces  several hosts on this machine, links cut for real (needs root, ip and nft)"
 	@echo "make chaos         kill and stop processes under load; ARGS=\"--seed 1 --seconds 600\""
@@ -45,6 +46,9 @@ test: $(STAMP)
 
 test-namespaces: $(STAMP)
 	@$(BIN)/python -m pytest -m "root" tests/cluster/test_namespaces.py $(ARGS)
+
+test-faults: $(STAMP)
+	@REGROW_FAULTS_TABLE=benchmarks/results/faults_cpu.md $(BIN)/python -m pytest -m faults --timeout 600 $(ARGS)
 
 test-compose: $(STAMP)
 	@$(BIN)/python -m pytest -m compose --timeout 1800 $(ARGS)

@@ -82,6 +82,7 @@ class DecodeConfig(_Section, frozen=True):
     num_staging_experts: int = -1  # memory of a rank for experts on their way in; -1: as many as a layer's slots
     operation_deadline_s: float = 2.0  # of dispatch and combine
     idle_poll_s: float = 0.05
+    allow_missing_experts: bool = False  # go on without experts that have no live copy, and mark what they lack
     lonely_s: float = 30.0  # neither monitor nor header round for this long: leave the slot
 
 

@@ -437,6 +437,7 @@ class Tokens(msgspec.Struct, frozen=True, array_like=True):
 
     ``top_logprobs`` has an entry for each id if the request asks for them. ``prompt_logprobs``, if it asks for those,
     are of prompt tokens 1, 2, ... and come with output 0, so that whoever has that output has them too.
+    ``missed_experts``: some token of this attempt was computed without an expert that it was routed to.
     """
 
     request: RequestId
@@ -447,6 +448,7 @@ class Tokens(msgspec.Struct, frozen=True, array_like=True):
     finish: str = ""
     top_logprobs: tuple[TopLogprobs, ...] = ()
     prompt_logprobs: tuple[tuple[float, TopLogprobs], ...] = ()
+    missed_experts: bool = False
 
 
 class TokenBatch(_Message, frozen=True):

@@ -1,6 +1,7 @@
 """Questions that everybody asks of a view. Pure: a view is a value, and these are functions of it."""
 
 import zlib
+from itertools import chain
 
 from common.ids import NO_RANK, ProcessId, Rank
 from common.messages import Member, Placement, View, encode
@@ -30,6 +31,16 @@ def digest(view: View) -> int:
     """31 bits that differ when epoch, members or placement differ; every round header carries it (PROTOCOL 1.3)."""
     core = View(ProcessId(""), 0, view.epoch, view.members, view.placement)
     return zlib.crc32(encode(core)) & 0x7FFFFFFF
+
+
+def has_orphans(view: View) -> bool:
+    """Whether an expert that the placement knows, be it in the row of a vacant slot, has no copy on a member."""
+    known = [set(chain.from_iterable(rows)) - {-1} for rows in view.placement.physical_to_logical]
+    held = [
+        {expert for member in view.members for expert in rows[member.rank]}
+        for rows in view.placement.physical_to_logical
+    ]
+    return any(experts - copies for experts, copies in zip(known, held, strict=True))
 
 
 def orphans(placement: Placement, members: tuple[Rank, ...], num_logical_experts: int) -> list[tuple[int, int]]:

@@ -21,6 +21,7 @@ class Stream:
     times: list[float] = field(default_factory=list)
     finish: str = ""
     error: str = ""
+    missing_experts: bool = False  # some token was computed without an expert, which the server may be allowed to
 
     @property
     def is_over(self) -> bool:
@@ -79,6 +80,7 @@ def _take(stream: Stream, chunk: dict[str, Any]) -> None:
         if text or values:
             stream.times.append(time.monotonic())
         stream.text += text
+        stream.missing_experts |= bool(choice.get("missing_experts"))
         stream.logprobs += values
         stream.finish = choice.get("finish_reason") or stream.finish
 

@@ -262,23 +262,25 @@ class Delivery:
         now: float,
         top: TopLogprobs = (),
         prompt_logprobs: PromptLogprobs = (),
+        missed_experts: bool = False,
     ) -> None:
         """A clean round's token of one request. KV of the round is written already."""
         known = self._requests[step.request]
         assert step.samples and step.output_index == len(known.ids), "a token out of order"
-        self.advance(step, prompt_logprobs)
+        self.advance(step, prompt_logprobs, missed_experts)
         self._append(known, token, logprob, top, now)
         self._tell(known, step.output_index)
         if known.finish:
             self._scheduler.remove(step.request)
 
-    def advance(self, step: Step, prompt_logprobs: PromptLogprobs = ()) -> None:
+    def advance(self, step: Step, prompt_logprobs: PromptLogprobs = (), missed_experts: bool = False) -> None:
         """The step's KV is written; of a step that does not sample that is all."""
         known = self._requests[step.request]
         assert known.stage is Stage.RUNNING and step.position == known.num_computed, "positions out of order"
         self.num_prompt_tokens += max(0, min(step.stop, known.num_context_tokens) - step.position)
         known.num_computed = step.stop
         known.prompt_logprobs += prompt_logprobs
+        known.missed_experts |= missed_experts
 
     def flush(self, epoch: Epoch) -> list[Send]:
         """All news since the last call, one message for each router."""

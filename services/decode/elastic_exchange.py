@@ -25,11 +25,19 @@ class ElasticExchange:
         self._group: ElasticGroup | None = None
         self._choice: ReplicaChoice | None = None
         self._num_sent = 0
+        self._has_orphans = False
+        self._missed_T: npt.NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
         self.num_operations = 0
         self.load_LE: npt.NDArray[np.int64] = np.zeros((num_layers, num_logical_experts), dtype=np.int64)
 
-    def enter(self, group: ElasticGroup, choice: ReplicaChoice) -> None:
-        self._group, self._choice = group, choice
+    def enter(self, group: ElasticGroup, choice: ReplicaChoice, has_orphans: bool = False) -> None:
+        self._group, self._choice, self._has_orphans = group, choice, has_orphans
+
+    def begin(self, num_tokens: int) -> npt.NDArray[np.bool_]:
+        """Before each forward pass. Which of its tokens were routed to an expert without live copy is noted in what
+        this returns; such an expert adds nothing to a token, and the weights of its others stay as they are."""
+        self._missed_T = np.zeros(num_tokens, dtype=np.bool_)
+        return self._missed_T
 
     def run(self, layer: int, x_TH: Tensor, topk_expert_TK: Tensor, topk_weight_TK: Tensor) -> Tensor:
         """See `common.model.experts.ExpertExchange`. Raises VoidRound when an operation did not complete."""
@@ -40,6 +48,8 @@ class ElasticExchange:
         hash_T = np.arange(self._num_sent, self._num_sent + len(logical_TK))
         self._num_sent += len(logical_TK)
         rank_TK, local_TK = self._choice.choose(moe_layer, logical_TK, hash_T)
+        if self._has_orphans:
+            self._missed_T |= (rank_TK < 0).any(axis=1)
         self._pace.pause()
         received = group.dispatch(x_TH, _tensor(rank_TK), _tensor(local_TK), topk_weight_TK)
         if received is None:

@@ -58,7 +58,7 @@ class RankEngine:
         self._slots: ExpertSlots | None = None
         self._staging: Staging | None = None
         self.group: ElasticGroup | None = None
-        self.has_orphans = False
+        self.lacks_experts = False  # for which all requests wait
 
     @property
     def limits(self) -> RequestLimits:
@@ -187,8 +187,9 @@ class RankEngine:
         rows, policy = placement.physical_to_logical, self._planner.replica_policy
         choice = ReplicaChoice(rows, members, num_experts, group.rank, policy)
         group.adopt(view.epoch, members, digest(view), in_band=in_band)
-        self._exchange.enter(group, choice)
-        self.has_orphans = bool(orphans(placement, members, num_experts))
+        misses = bool(orphans(placement, members, num_experts))
+        self.lacks_experts = misses and not self._decode.allow_missing_experts
+        self._exchange.enter(group, choice, misses)
 
     def exchange_headers(self, header: RoundHeader, stop: Callable[[], bool]) -> dict[int, RoundHeader] | None:
         """The headers of all members, or None: the round is void."""
@@ -212,16 +213,18 @@ class RankEngine:
 
         To be called in every round in which any member has tokens, also without own ones.
         """
-        assert self._model is not None
+        assert self._model is not None and self._exchange is not None
+        missed_T = self._exchange.begin(sum(len(step.token_ids) for step in steps))
         try:
             logits_SV = self._model.forward(_batch(steps)).numpy()
         except VoidRound:
             return None
-        outputs, row = [], 0
+        outputs, row, token = [], 0, 0
         for step in steps:
-            num_rows = _num_logits(step)
-            outputs.append(_computed(step, logits_SV[row : row + num_rows]))
-            row += num_rows
+            num_rows, num_tokens = _num_logits(step), len(step.token_ids)
+            missed = bool(missed_T[token : token + num_tokens].any())
+            outputs.append(_computed(step, logits_SV[row : row + num_rows], missed))
+            row, token = row + num_rows, token + num_tokens
         # Read once, at the end: clean now means that all which this round has received was complete (PROTOCOL 2.4).
         return outputs if self._open_group().status == CLEAN else None
 
@@ -257,10 +260,10 @@ def _num_logits(step: Step) -> int:
     return len(step.token_ids) if step.judges_prompt else int(step.samples)
 
 
-def _computed(step: Step, logits_SV: npt.NDArray[np.float32]) -> Computed:
+def _computed(step: Step, logits_SV: npt.NDArray[np.float32], missed_experts: bool) -> Computed:
     judged = prompt_logprobs(logits_SV, step.sampling, step.prompt, step.position) if step.judges_prompt else ()
     choice = choose(logits_SV[-1], step.sampling, step.prompt, step.outputs) if step.samples else None
-    return Computed(choice, tuple(judged))
+    return Computed(choice, tuple(judged), missed_experts)
 
 
 def _batch(steps: Sequence[Step]) -> Batch:

@@ -61,10 +61,12 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """What came of a step: the sampled token, if it samples, and log-probabilities of the prompt, if it judges that."""
+    """What came of a step: the sampled token, if it samples, and log-probabilities of the prompt, if it judges that.
+    ``missed_experts``: one of its tokens was routed to an expert without live copy, which was left out."""
 
     choice: TokenChoice | None
     prompt_logprobs: PromptLogprobs = ()
+    missed_experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ class Request:
     finish: str = ""
     repeat_at: float = 0.0
     num_computed: int = 0
+    missed_experts: bool = False  # once is for ever: what comes later attends to it
 
     @property
     def num_context_tokens(self) -> int:
@@ -149,6 +152,7 @@ class Request:
             self.finish,
             tuple(self.tops[first:]),
             self.prompt_logprobs if start == 0 else (),
+            self.missed_experts,
         )
 
     def check_invariants(self) -> None:

@@ -367,7 +367,7 @@ class Stream:
         """One round, or a part of the rest before it."""
         assert self._engine and self._engine.group and self._delivery and self._scheduler
         membership, now = self._membership, self._clock()
-        running = self._scheduler.num_running > 0 and not self._engine.has_orphans
+        running = self._scheduler.num_running > 0 and not self._engine.lacks_experts
         has_work = running or (self._all_idle and membership.is_staging)
         if now < self._rest_until and not has_work and not self._woken and not self._engine.group.headers_waiting():
             rest_s = self._rest_until - now
@@ -400,16 +400,17 @@ class Stream:
         if plan is None or outputs is None:
             self.num_void_rounds += 1
             self._pace.take()
-            log.info("epoch %d: round void, %s", membership.epoch, group.void_reason)
-            self._perform(membership.on_void_round(group.step, self._accused(), now))
+            accused = self._accused()
+            log.info("epoch %d: round void, %s, accusing %s", membership.epoch, group.void_reason, list(accused))
+            self._perform(membership.on_void_round(group.step, accused, now))
             return
         self.num_rounds += 1
         for step, computed in zip(steps, outputs, strict=True):
             if computed.choice is None:
-                delivery.advance(step, computed.prompt_logprobs)
+                delivery.advance(step, computed.prompt_logprobs, computed.missed_experts)
             else:
                 token, logprob, top = computed.choice
-                delivery.commit(step, token, logprob, now, top, computed.prompt_logprobs)
+                delivery.commit(step, token, logprob, now, top, computed.prompt_logprobs, computed.missed_experts)
         self._send(delivery.flush(membership.epoch))
         self._note_pace(plan.num_tokens > 0)
         if plan.num_tokens == 0:
@@ -423,7 +424,7 @@ class Stream:
         if self._announced == membership.epoch:
             self._announced = Epoch(0)
             return NEWCOMER_HEADER, []  # says the same as what was announced
-        steps = [] if self._engine.has_orphans else self._delivery.steps()
+        steps = [] if self._engine.lacks_experts else self._delivery.steps()
         idle, num_tokens = not steps and not membership.is_staging, sum(len(step.token_ids) for step in steps)
         return RoundHeader(num_tokens, idle, membership.staged_epoch, num_rounds=self._num_group_rounds), steps
 

@@ -17,6 +17,7 @@ from services.router.openai_format import (
     chat_role,
     completion_choice,
     completion_logprobs,
+    marked,
 )
 from services.router.request_parsing import ParsedRequest
 from services.router.text_stream import TextDelta
@@ -44,6 +45,7 @@ class _Progress:
     has_begun: bool = False
     finish: str = ""
     stop_reason: int | str | None = None
+    missed_experts: bool = False
 
 
 class Answer:
@@ -64,6 +66,11 @@ class Answer:
         return all(choice.finish for choice in self._choices)
 
     @property
+    def missed_experts(self) -> bool:
+        """Of any choice, so far."""
+        return any(choice.missed_experts for choice in self._choices)
+
+    @property
     def usage(self) -> Usage:
         """A prompt counts once, however many choices it has."""
         prompts = self._choices[:: self._parsed.n]
@@ -79,7 +86,10 @@ class Answer:
     def whole(self) -> Body:
         make = chat_choice if self._head.chat else completion_choice
         choices = [
-            make(index, "".join(done.texts), self._logprobs(done.logprobs, 0), done.finish, done.stop_reason)
+            marked(
+                make(index, "".join(done.texts), self._logprobs(done.logprobs, 0), done.finish, done.stop_reason),
+                done.missed_experts,
+            )
             for index, done in enumerate(self._choices)
         ]
         return self._head.whole(choices, self.usage)
@@ -101,7 +111,8 @@ class Answer:
             finish, stop_reason = (progress.finish, progress.stop_reason) if is_last else ("", None)
             shown = self._logprobs(logprobs, progress.num_characters)
             progress.num_characters += sum(token.num_characters for token in logprobs)
-            bodies.append(self._chunk(make(index, text, shown, finish, stop_reason), progress))
+            choice = marked(make(index, text, shown, finish, stop_reason), progress.missed_experts)
+            bodies.append(self._chunk(choice, progress))
         return bodies
 
     def closing(self) -> list[Body]:
@@ -127,7 +138,7 @@ class Answer:
             delta = replace(delta, text="", ids=(), finish=delta.finish and "length", stop=None)
         parts.append((delta.text, self._tokens(delta) if self._wants_logprobs else []))
         progress.num_tokens += len(delta.ids)
-        progress.finish = delta.finish
+        progress.finish, progress.missed_experts = delta.finish, delta.missed_experts
         if delta.stop is not None:
             progress.stop_reason = delta.stop
         elif delta.finish == "stop":

@@ -13,6 +13,7 @@ from services.router.http_generation import Generations
 from services.router.openai_format import Body
 from services.router.text_stream import TextDelta
 
+MISSING_EXPERTS = "X-Regrow-Missing-Experts"
 First = tuple[int, TextDelta]
 
 
@@ -21,7 +22,8 @@ async def send_whole(request: web.Request, answer: Answer, generations: Generati
     answer.take(*first)
     while not answer.is_complete:
         answer.take(*await generations.next())
-    return json_response(answer.whole(), headers={REQUEST_ID: request_id(request, answer.id)})
+    headers = {REQUEST_ID: request_id(request, answer.id), **_marks(answer.missed_experts)}
+    return json_response(answer.whole(), headers=headers)
 
 
 async def send_stream(
@@ -34,6 +36,7 @@ async def send_stream(
             "Cache-Control": "no-cache",
             "X-Accel-Buffering": "no",
             REQUEST_ID: request_id(request, answer.id),
+            **_marks(first[1].missed_experts),
         }
     )
     await response.prepare(request)
@@ -56,6 +59,11 @@ async def send_stream(
         await write(b"data: [DONE]\n\n")
         await response.write_eof()
     return response
+
+
+def _marks(missed_experts: bool) -> dict[str, str]:
+    """Of a stream only what is known when it begins; each chunk says for itself."""
+    return {MISSING_EXPERTS: "true"} if missed_experts else {}
 
 
 def _events(bodies: list[Body]) -> bytes:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 
 from common.ids import RequestId
@@ -34,7 +35,7 @@ class Generation:
         histogram.observe(now - self._last_token_at)
         self._last_token_at = now
         self._metrics.output_tokens.inc(len(delta.ids))
-        self._outbox.put_nowait((self._index, delta))
+        self._outbox.put_nowait((self._index, replace(delta, missed_experts=tokens.missed_experts)))
         if delta.finish:
             self._end("finished")
 

@@ -98,6 +98,11 @@ def completion_choice(index: int, text: str, logprobs: Body | None, finish: str,
     return {"index": index, "text": text, "logprobs": logprobs, **_end(finish, stop_reason)}
 
 
+def marked(choice: Body, missed_experts: bool) -> Body:
+    """A field of ours: some of its tokens were computed without an expert that they were routed to."""
+    return {**choice, "missing_experts": True} if missed_experts else choice
+
+
 def completion_logprobs(tokens: Sequence[TokenLogprob], text_offset: int) -> Body:
     """The legacy format: parallel lists. ``text_offset``: characters of the tokens before these.
 

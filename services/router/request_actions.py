@@ -30,6 +30,7 @@ class Deliver:
     finish: str = ""
     top_logprobs: tuple[TopLogprobs, ...] = ()
     prompt_logprobs: tuple[tuple[float, TopLogprobs], ...] = ()
+    missed_experts: bool = False  # these outputs, or earlier ones, were computed without an expert
 
 
 @dataclass(frozen=True, slots=True)

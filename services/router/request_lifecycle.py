@@ -86,6 +86,7 @@ class RequestLifecycle:
     not_before: float = 0.0  # do not place again earlier
     was_preempted: bool = False  # it had to make room for others once, and must not again
     num_stale_tokens: int = 0
+    missed_experts: bool = False  # also for outputs of later attempts, which follow those
     machine: StateMachine[State] = field(init=False)
     _deadline: float = field(init=False)
     _last_news: float = 0.0
@@ -162,7 +163,10 @@ class RequestLifecycle:
         self._deadline = now + self.config.request_deadline_s
         logprobs, tops = tokens.logprobs[have - tokens.start :], tokens.top_logprobs[have - tokens.start :]
         prompt_logprobs = tokens.prompt_logprobs if have == 0 else ()
-        actions: list[Action] = [Deliver(self.id, have, new, logprobs, tokens.finish, tops, prompt_logprobs)]
+        self.missed_experts |= tokens.missed_experts
+        actions: list[Action] = [
+            Deliver(self.id, have, new, logprobs, tokens.finish, tops, prompt_logprobs, self.missed_experts)
+        ]
         if tokens.finish:
             self.machine.move(State.DONE, now, tokens.finish)
             actions.append(Send(self.place.decode, Release(self.id, self.attempt)))
@@ -235,10 +239,11 @@ class RequestLifecycle:
         self.machine.move(State.FAILED, now, "client gone")
         return aborts
 
-    def on_tick(self, now: float) -> list[Action]:
-        """Ends a wait that has lasted too long: asks, gives the place up, or gives the request up."""
+    def on_tick(self, now: float, lacks_experts: bool = False) -> list[Action]:
+        """Ends a wait that has lasted too long: asks, gives the place up, or gives the request up. ``lacks_experts``:
+        the group computes nothing, because it has no room for some expert."""
         if now >= self._deadline:
-            return self._fail_late(now)
+            return self._fail_late(now, lacks_experts)
         if self.place is None or now - max(self._last_news, self._last_ask) < self.config.no_news_s:
             return []
         if self._num_asks >= self.config.max_asks:
@@ -249,10 +254,12 @@ class RequestLifecycle:
             return [Send(self.place.prefill, AskPrefill(self.id, self.attempt))]
         return self._ask_decode(now)
 
-    def _fail_late(self, now: float) -> list[Action]:
+    def _fail_late(self, now: float, lacks_experts: bool) -> list[Action]:
         seconds = self.config.request_deadline_s
         if self.place is None:
             failure = Fail(self.id, 503, f"no decode rank and prefill worker had room within {seconds:g} s")
+        elif lacks_experts:
+            failure = Fail(self.id, 503, f"too few decode ranks for all experts for {seconds:g} s")
         else:
             failure = Fail(self.id, 504, f"no token within {seconds:g} s")
         aborts = self._abort()

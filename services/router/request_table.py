@@ -26,6 +26,7 @@ from common.messages import (
     Unknown,
     View,
 )
+from common.view import has_orphans
 from services.router.dispatch_policy import RankLoad, choose_prefill, choose_rank, plan_moves
 from services.router.prefill_wait import PrefillWait
 from services.router.prefix_homes import PrefixHomes
@@ -45,6 +46,7 @@ class RequestTable:
         self._prefill: tuple[ProcessId, ...] = ()
         self._prefill_wait: PrefillWait = PrefillWait(config.router.prefill_wait_s)
         self._prefix_homes = PrefixHomes(config.decode.block_size)
+        self.lacks_experts = False  # in the present view, so that nothing is computed
         self._filling: set[Rank] = set()  # new ranks that running requests still move to
         self._moving: set[RequestId] = set()  # moved there and not yet decoding again
         self._num_stale_tokens = 0  # of requests that have left the table, or known to none
@@ -123,6 +125,7 @@ class RequestTable:
             return []
         old = self._ranks
         self._view, self._ranks = view, {}
+        self.lacks_experts = not self._config.decode.allow_missing_experts and has_orphans(view)
         for member in view.members:
             known = old.get(member.rank)
             if known is not None and known.member.incarnation == member.incarnation:
@@ -155,7 +158,7 @@ class RequestTable:
     def on_tick(self, now: float) -> list[Action]:
         actions: list[Action] = []
         for request in self._requests.values():
-            actions += request.on_tick(now)
+            actions += request.on_tick(now, self.lacks_experts)
         return self._settle(actions, now)
 
     def check_invariants(self) -> None:

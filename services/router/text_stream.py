@@ -31,6 +31,7 @@ class TextDelta:
     stop: str | None = None
     top_logprobs: tuple[TopLogprobs, ...] = ()
     prompt_logprobs: tuple[tuple[float, TopLogprobs], ...] = ()
+    missed_experts: bool = False
 
 
 class TextStream:

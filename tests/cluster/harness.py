@@ -94,6 +94,13 @@ class Cluster:
             body: dict[str, Any] = await response.json()
             return body
 
+    async def fetch_requests(self) -> list[dict[str, Any]]:
+        """``GET /requests``."""
+        async with aiohttp.ClientSession() as session, session.get(f"{self.url}/requests") as response:
+            body = await response.json()
+            found: list[dict[str, Any]] = body["requests"]
+            return found
+
     async def wait_status(self, what: Callable[[dict[str, Any]], bool], within_s: float = 60.0) -> dict[str, Any]:
         """The first status for which ``what`` holds; raises with the last one otherwise."""
         deadline, status = time.monotonic() + within_s, {}

@@ -1,0 +1,123 @@
+"""Everything that is no decode rank, killed and stopped; a stop of all; and deaths that nobody is there to judge."""
+
+import asyncio
+import re
+
+import pytest
+
+from services.cli.chat_client import Stream
+from tests.cluster.fault_runs import (
+    assert_same,
+    entry_of,
+    events,
+    fault_free,
+    kill,
+    last_seq,
+    pids_of,
+    record,
+    resume,
+    serving,
+    stop,
+    under_fault,
+    whole,
+)
+from tests.cluster.harness import Cluster, stream_all, until_tokens
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
+
+
+@pytest.mark.parametrize("name", ["monitor", "planner", "agent-0", "prefill-0"])
+async def test_a_service_is_killed(cluster: Cluster, expected: list[Stream], name: str) -> None:
+    before = await whole(cluster)
+
+    async def fault() -> str:
+        return await asyncio.to_thread(cluster.inject, "kill", process=name)
+
+    await under_fault(cluster, expected, f"SIGKILL of {name}", fault)
+    after = await whole(cluster)
+    assert [entry["pid"] for entry in after["ranks"]] == [entry["pid"] for entry in before["ranks"]]
+
+
+@pytest.mark.parametrize("name", ["monitor", "planner", "agent-0", "router-0", "prefill-0"])
+async def test_a_service_is_stopped_for_seconds(cluster: Cluster, expected: list[Stream], name: str) -> None:
+    before = await whole(cluster)
+
+    async def fault() -> str:
+        return await asyncio.to_thread(cluster.inject, "stop", process=name, duration_s=3)
+
+    await under_fault(cluster, expected, f"SIGSTOP of {name} for 3 s", fault)
+    after = await whole(cluster)
+    assert [entry["pid"] for entry in after["ranks"]] == [entry["pid"] for entry in before["ranks"]]
+
+
+async def test_all_prefill_workers_are_killed(cluster: Cluster, expected: list[Stream]) -> None:
+    workers = (await whole(cluster))["prefill"]
+
+    async def fault() -> str:
+        return await kill(*[worker["pid"] for worker in workers])
+
+    await under_fault(cluster, expected, "SIGKILL of all prefill workers", fault)
+    await whole(cluster)
+
+
+async def test_the_router_is_killed(cluster: Cluster, expected: list[Stream]) -> None:
+    """Its streams end; its clients come back and get the same."""
+    before = await whole(cluster)
+
+    async def fault(streams: list[Stream]) -> None:
+        await until_tokens(streams, 5)
+        proof = await asyncio.to_thread(cluster.inject, "kill", process="router-0")
+        record("SIGKILL of the router (streams end; equal when asked again)", proof, 0.0, len(streams))
+
+    streams = await stream_all(cluster.url, [stream.body for stream in expected], fault)
+    assert all(stream.error for stream in streams)
+    after = await whole(cluster)
+    assert [entry["pid"] for entry in after["ranks"]] == [entry["pid"] for entry in before["ranks"]]
+    assert_same(await stream_all(cluster.url, [stream.body for stream in expected]), expected)
+    await cluster.wait_status(lambda s: all(entry["kv_used"] == 0 for entry in s["ranks"]), 30.0)
+
+
+def decode_logs(cluster: Cluster) -> str:
+    return "\n".join(path.read_text() for path in cluster.run_dir.glob("logs/decode-*.log"))
+
+
+def masks_in(logs: str) -> list[list[int]]:
+    """The accused of each round that ended at a deadline."""
+    texts = re.findall(r"round void, VoidReason.DEADLINE, accusing \[([\d, ]*)\]", logs)
+    return [[int(rank) for rank in text.split(",") if rank.strip()] for text in texts]
+
+
+async def test_a_death_while_the_monitor_is_stopped(cluster: Cluster, expected: list[Stream]) -> None:
+    """The others leave the round by deadline and poison, blame only the dead one, and go on once it is back."""
+    victim = entry_of(await whole(cluster), 2)
+    num_before = len(masks_in(await asyncio.to_thread(decode_logs, cluster)))
+
+    async def fault() -> str:
+        (monitor,) = pids_of(cluster, "monitor")
+        proof = await stop(monitor)
+        proof = f"{proof}; {await kill(victim['pid'])}"
+        await asyncio.sleep(5.0)  # longer than the deadline of an operation
+        resume(monitor)
+        return proof
+
+    await under_fault(cluster, expected, "SIGKILL of a rank while the monitor is stopped for 5 s", fault)
+    accused = masks_in(await asyncio.to_thread(decode_logs, cluster))[num_before:]
+    assert accused and all(mask == [2] for mask in accused), accused
+    await whole(cluster)
+
+
+async def test_everything_is_stopped_for_seconds(cluster: Cluster, expected: list[Stream]) -> None:
+    before = await whole(cluster)
+    kinds = ("monitor", "planner", "prefill", "decode")
+    pids = [pid for kind in kinds for pid in pids_of(cluster, kind)]
+
+    async def fault() -> str:
+        proof = await stop(*pids)
+        await asyncio.sleep(4.0)
+        resume(*pids)
+        return proof
+
+    await under_fault(cluster, expected, "SIGSTOP of all for 4 s", fault)
+    after = await whole(cluster)
+    assert events(after, "removed", last_seq(before)) == [] and serving(after) == [0, 1, 2, 3]
+    assert fault_free(cluster)[0].text == expected[0].text
