@@ -226,13 +226,13 @@ def await_words(
             start_ns = now_ns(j)
             last_ns = start_ns - start_ns
             waited_ns = tl.zeros_like(word)
-            word_before = word
+            word_before = word + 0
             num_polls = 0
             while (seen > 0) & (seen < 256) & (last_ns < deadline_ns + deadline_ns // 10 * (seen - 1)):
                 num_polls += 1
                 if num_polls % POLLS_PER_CLOCK == 0:
                     last_ns = now_ns(j) - start_ns
-                word_before = word
+                word_before = word + 0  # a mere alias would not be carried from turn to turn
                 seen, word = look(words, STRIDE, poison, peers, step, floor, rank, j)
                 waited_ns = tl.where(word != step, last_ns, waited_ns)
             waited_ns = tl.where(word_before != step, since_ns(j, start_ns, last_ns), waited_ns)

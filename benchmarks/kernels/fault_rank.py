@@ -90,7 +90,7 @@ class FaultRank(TimingRank):
 
     def replay_until_void(self, limit_s: float) -> dict[str, Any]:
         group, give_up = self.fault_group, time.perf_counter() + limit_s
-        number = 0
+        number, waited_ns = 0, group.wait_ns_by_source()
         while time.perf_counter() < give_up:
             begin = time.perf_counter()
             self.layers.replay()
@@ -108,7 +108,7 @@ class FaultRank(TimingRank):
                     "next_void_replay_ms": round((time.perf_counter() - again) * 1e3, 3),
                     "reason": reason.value,
                     "observed": group.observation_mask().tolist(),
-                    "waited_ms": (group.wait_ns_by_source() / 1e6).round().tolist(),
+                    "waited_ms": ((group.wait_ns_by_source() - waited_ns) / 1e6).round().tolist(),
                 }
         raise RuntimeError("the group never became void")
 

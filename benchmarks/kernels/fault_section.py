@@ -71,6 +71,9 @@ def one_cycle(group: BenchGroup, cycle: int, standby: RankProcess, deadline_s: f
         require(report["observed"] == accused, f"cycle {cycle}, {point}: only the dead rank is accused: {report}")
         took_ms = report["void_replay_ms"]
         require(took_ms < deadline_s * 1e3 * 1.1 + SLACK_MS, f"cycle {cycle}, {point}: one deadline in all: {report}")
+        if report["reason"] == "deadline":
+            waited_ms = report["waited_ms"]
+            require(max(waited_ms[:victim]) < waited_ms[victim] / 2, f"the wait is the dead rank's: {report}")
     require(any(report["reason"] == "deadline" for report in found), f"somebody accuses: {found}")
     group.enter(survivors)
     for rank in survivors:

@@ -94,7 +94,7 @@ def main() -> None:
     dispatch = {"WORDS": offset["ep_dispatch_word"], "ROWS": offset["ep_dispatch_rows"]}
     combine = {"WORDS": offset["ep_combine_word"], "ROWS": offset["ep_combine_rows"]}
     compile_one(dispatch_kernel, "dispatch", **dispatch)
-    compile_one(dispatch_kernel, "dispatch_fp8", **dispatch, IS_FP8=True)
+    compile_one(dispatch_kernel, "dispatch_fp8", **dispatch, IS_FP8=True, PART=4096)
     for name, mode in (("", VIEWS), ("_alone", ALONE), ("_bare", BARE)):
         compile_one(combine_kernel, f"combine_ordered{name}", ORDERED=True, **combine, MODE=mode.value)
     compile_one(combine_kernel, "combine_reduced", ORDERED=False, **combine)

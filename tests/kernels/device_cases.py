@@ -1,142 +1,17 @@
-"""One rank of Triton kernels under the interpreter; the test plays its peers by writing words into its heap.
+"""Cases of one interpreted rank that a wrong version of the kernels must fail; run by ``case_runner``."""
 
-``python -m tests.kernels.device_cases`` (with TRITON_INTERPRET=1) imports torch and Triton once and forks a process for
-each case that it reads: a line of JSON with the case's name and, for a mutant, the text to replace in a kernel module.
-It answers "ok" or the traceback.
-
-Legend: W max_ranks, M max_tokens, K top_k, H hidden.
-"""
-
-import importlib.util
-import json
-import os
 import sys
-import tempfile
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from kernels import device_launch, triton_wait
 from kernels.device_group import DeviceGroup
 from kernels.epoch_state import VoidReason
 from kernels.heap_layout import EpShape, HeapLayout
-from kernels.launch_plan import LaunchPlan, LaunchPlanner
 from kernels.symmetric_memory.shm import ShmHeap, ShmProvider
 from tests.kernels.local_group import DIGEST, SHAPE
-
-MODULES = ("triton_wait", "triton_control", "triton_dispatch", "triton_combine")
-FLOOR = 1 << 40
-DEADLINE_S = 5.0
-SELF = 1
-
-
-class Programs(LaunchPlanner):
-    """As many programs as told."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(SHAPE.hidden_size, number, False)
-
-    def _plan(self, num_tokens: int, part: int, num_warps: int, most: int) -> LaunchPlan:
-        return LaunchPlan(32, self.num_resident)
-
-
-class Clock:
-    """Half a second passes at each look; then ``events`` may act for the peers, by number of the look."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-        self.num_looks = 0
-        self.events: dict[int, Callable[[], None]] = {}
-
-    def now_ns(self) -> int:
-        self.now_s += 0.5
-        self.num_looks += 1
-        assert self.num_looks < 200, "waits for ever"
-        self.events.get(self.num_looks, lambda: None)()
-        return int(self.now_s * 1e9)
-
-
-class Solo:
-    """Rank 1 of members 0, 1, 2 (slot 3 is empty)."""
-
-    def __init__(self, directory: Path, shape: EpShape = SHAPE, num_programs: int = 1) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self.layout = HeapLayout.build(shape)
-        self.provider = ShmProvider(directory)
-        self.heaps = [self.provider.allocate(f"heap{rank}", self.layout.nbytes) for rank in range(3)]
-        for heap in self.heaps:
-            self.layout.format(heap.bytes_U8)
-        self.clock = Clock()
-        triton_wait.host_now_ns = self.clock.now_ns
-        self.group = DeviceGroup(
-            self.layout, self.heaps[SELF], SELF, deadline_s=DEADLINE_S, planner=Programs(num_programs)
-        )
-        for rank in (0, 2):
-            self.group.map_peer(rank, self.heaps[rank])
-        self.group.adopt(1, [0, 1, 2], DIGEST)
-        self.out_WN = torch.full((shape.max_ranks, shape.num_header_words), -1)
-
-    def view(self, rank: int, region: str) -> torch.Tensor:
-        return self.layout.view(self.heaps[rank].bytes_U8, region)
-
-    def snapshot(self, rank: int) -> torch.Tensor:
-        copy = self.heaps[rank].bytes_U8.clone()
-        self.layout.view(copy, "ep_poison").zero_()
-        return copy
-
-    def header(self, rank: int, digest: int = DIGEST, tag: int = 1 << 20 | 1) -> None:
-        row = self.view(SELF, "ep_header")[3, rank]
-        row[1:] = tag << 32
-        row[1] |= digest
-        row[0] = FLOOR | 1
-
-    def begin(self) -> None:
-        for rank in (0, 2):
-            self.header(rank)
-        self.group.allgather(torch.arange(SHAPE.num_header_words), self.out_WN)
-        assert self.group.void_reason() is None
-
-    def say(self, operation: str, n: int, *ranks: int) -> None:
-        words = self.view(SELF, f"ep_{operation}_word")
-        for rank in ranks or (0, 2):
-            if operation == "dispatch":
-                words[rank, 0] = FLOOR | n
-            elif operation == "barrier":
-                words[n & 1, rank] = FLOOR | n
-            else:
-                words[rank] = FLOOR | n
-
-    def sends(self, rank: int, token: int, codes: list[int]) -> None:
-        """A row of ``rank`` in the own heap, as its dispatch writes it."""
-        row = self.view(SELF, "ep_dispatch_rows").view(torch.int32)[rank, 0]
-        row[: 1 + SHAPE.top_k] = torch.tensor([token, *codes])
-        self.view(SELF, "ep_dispatch_word")[rank, 1] = 1
-
-    def dispatch(self, ranks: list[list[int]]) -> None:
-        rank_TK = torch.tensor(ranks, dtype=torch.int32).reshape(-1, SHAPE.top_k)
-        x_TH = torch.arange(1, 1 + len(rank_TK) * SHAPE.hidden_size).float().view(-1, SHAPE.hidden_size)
-        local_TK = torch.full_like(rank_TK, 7)
-        self.group.dispatch(x_TH, rank_TK, local_TK, torch.full(rank_TK.shape, 0.5))
-
-    def combine(self, num_tokens: int, ordered: bool = True) -> torch.Tensor:
-        ep = self.layout.ep
-        shape = (ep.max_ranks, ep.max_tokens, *((ep.top_k,) if ordered else ()), ep.hidden_size)
-        out_TH = torch.full((num_tokens, ep.hidden_size), float("nan"))
-        self.group.combine(torch.ones(shape), out_TH, ordered=ordered)
-        return out_TH
-
-    def assert_void(self, reason: VoidReason, observed: tuple[int, ...] = ()) -> None:
-        assert self.group.void_reason() is reason, self.group.void_reason()
-        found = tuple(self.group.observation_mask().nonzero().flatten().tolist())
-        assert found == observed, found
-
-    def assert_clean(self) -> None:
-        assert self.group.void_reason() is None, self.group.void_reason()
-
-    def poisoned(self) -> list[bool]:
-        return [bool(self.view(rank, "ep_poison")[SELF] >= FLOOR) for rank in (0, 2)]
+from tests.kernels.solo_rank import DEADLINE_S, FLOOR, SELF, Solo
 
 
 def case_writes_only_into_regions_of_its_slot(directory: Path) -> None:
@@ -179,13 +54,14 @@ def case_one_verdict_a_wait(directory: Path) -> None:
     solo.begin()
     solo.say("dispatch", 2)
     solo.dispatch([[0, 1, 2], [2, 0, -1]])
+    triton_wait = sys.modules["kernels.triton_wait"]
     poison_peers = triton_wait.poison_peers
 
     def poison_then_hear(*arguments: object) -> None:
         poison_peers(*arguments)
         solo.say("combine", 3)
 
-    triton_wait.poison_peers = poison_then_hear
+    triton_wait.poison_peers = poison_then_hear  # type: ignore[attr-defined]
     solo.combine(2)
     solo.assert_void(VoidReason.DEADLINE, (0, 2))
 
@@ -370,63 +246,3 @@ def case_wrong_use(directory: Path) -> None:
     heap: ShmHeap = solo.provider.allocate("odd", odd.nbytes)
     odd.format(heap.bytes_U8)
     refused(ValueError, "16 bytes", lambda: DeviceGroup(odd, heap, 0, deadline_s=1.0))
-
-
-CASES = {name.removeprefix("case_"): case for name, case in list(globals().items()) if name.startswith("case_")}
-
-
-def mutate(directory: Path, module: str, old: str, new: str) -> None:
-    """Load all kernel modules anew, with ``old`` replaced in one, and let the group launch those."""
-    assert module in MODULES
-    for name in MODULES[MODULES.index(module) :]:
-        source = Path(device_launch.__file__).with_name(f"{name}.py").read_text()
-        if name == module:
-            assert source.count(old) >= 1, f"nothing to mutate: {old!r}"
-            source = source.replace(old, new)
-        path = directory / f"{name}_mutant.py"
-        path.write_text(source)
-        spec = importlib.util.spec_from_file_location(f"kernels.{name}", path)
-        assert spec is not None and spec.loader is not None
-        mutant = importlib.util.module_from_spec(spec)
-        sys.modules[f"kernels.{name}"] = mutant
-        spec.loader.exec_module(mutant)
-        for kernel in ("allgather_kernel", "barrier_kernel", "poison_kernel", "dispatch_kernel", "combine_kernel"):
-            if hasattr(mutant, kernel):
-                setattr(device_launch, kernel, getattr(mutant, kernel))
-        if name == "triton_wait":
-            globals()["triton_wait"] = mutant
-
-
-def run_case(name: str, mutation: list[str]) -> str:
-    """Fork, run, report."""
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        answer = "ok"
-        try:
-            with tempfile.TemporaryDirectory(prefix="regrow-case-", dir="/dev/shm") as root:
-                try:
-                    if mutation:
-                        mutate(Path(root), *mutation)
-                    CASES[name](Path(root))
-                except BaseException:
-                    answer = traceback.format_exc()
-        finally:
-            os.write(write_end, answer.encode()[-60_000:])
-            os._exit(0)
-    os.close(write_end)
-    with os.fdopen(read_end) as pipe:
-        answer = pipe.read()
-    os.waitpid(pid, 0)
-    return answer
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        request = json.loads(line)
-        print(json.dumps(run_case(request["case"], request["mutation"])), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -83,6 +83,14 @@ class InterpretedGroup(ElasticGroup):
             self.kernels.combine(rows, out_TH, ordered=ordered)
         return None if self._note() == VOID else out_TH
 
+    def clean_buffer(self, deadline_s: float) -> bool:
+        with self._host_watching():
+            self.kernels.clean_buffer(deadline_s)
+        return self._note() == CLEAN
+
+    def query_mask_buffer(self) -> torch.Tensor:
+        return self.kernels.query_mask_buffer()
+
     @contextmanager
     def _host_watching(self) -> Iterator[None]:
         """A thread that poisons this rank's waits as soon as the last header's ``stop`` says so."""
@@ -103,6 +111,7 @@ class InterpretedGroup(ElasticGroup):
 
     def _note(self) -> int:
         self.void_reason = self.kernels.void_reason()
+        self.members = tuple((self.kernels.query_mask_buffer() == 0).nonzero().flatten().tolist())
         self.status = CLEAN if self.void_reason is None else VOID
         return self.status
 

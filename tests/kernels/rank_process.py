@@ -20,15 +20,24 @@ from typing import Any
 
 import torch
 
+from kernels.elastic_mode import ElasticMode
 from kernels.epoch_state import VOID
 from kernels.heap_layout import HeapLayout
 from kernels.reference import ElasticGroup
 from kernels.symmetric_memory.shm import ShmHeap, ShmProvider
-from tests.kernels.local_group import DIGEST, GENEROUS_S, SHAPE, Placement, Tokens, expert_mlp, oracle
+from tests.kernels.local_group import DIGEST, GENEROUS_S, SHAPE, Placement, Tokens, expert_mlp, oracle, without
 
 NUM_LAYERS = 3
 NUM_ROUNDS_AFTER = 3
-POINTS = ("before_header", "before_dispatch", "mid_dispatch", "between", "mid_combine", "after_combine")
+POINTS = (
+    "before_header",
+    "before_dispatch",
+    "mid_dispatch",
+    "between",
+    "mid_combine",
+    "after_combine",
+    "before_barrier",
+)
 
 
 @dataclass
@@ -48,6 +57,8 @@ class Scenario:
     num_rounds_after: int = NUM_ROUNDS_AFTER
     view_at_death: bool = False  # the monitor saw it die; otherwise the next view waits until all survivors are void
     kinds: list[str] = field(default_factory=list)  # per rank "triton" or "reference", which is the default
+    elastic: str = ElasticMode.VIEWS.value
+    limit_s: float = GENEROUS_S  # for all of it
 
 
 @dataclass
@@ -58,6 +69,7 @@ class Report:
     num_wrong: int = 0
     void_reason: str = ""
     observed: list[int] = field(default_factory=list)
+    masked: list[int] = field(default_factory=list)
     void_after_s: float = 0.0
     round_ms: list[float] = field(default_factory=list)
     error: str = ""
@@ -96,11 +108,12 @@ class DyingRow:
 
 
 def make_group(scenario: Scenario, layout: HeapLayout, heap: ShmHeap, rank: int) -> ElasticGroup:
+    elastic = ElasticMode(scenario.elastic)
     if not scenario.kinds or scenario.kinds[rank] == "reference":
-        return ElasticGroup(layout, heap, rank, deadline_s=scenario.deadline_s)
+        return ElasticGroup(layout, heap, rank, deadline_s=scenario.deadline_s, elastic=elastic)
     from tests.kernels.interpreted_group import InterpretedGroup  # only where TRITON_INTERPRET is set
 
-    return InterpretedGroup(layout, heap, rank, deadline_s=scenario.deadline_s)
+    return InterpretedGroup(layout, heap, rank, deadline_s=scenario.deadline_s, elastic=elastic)
 
 
 def run_rank(scenario: Scenario, rank: int) -> Report:
@@ -119,6 +132,7 @@ def run_rank(scenario: Scenario, rank: int) -> Report:
     report = Report()
     group.adopt(1, members, DIGEST)
     run_rounds(group, scenario, members, report, suicide_points(group, scenario))
+    report.masked = group.query_mask_buffer().tolist()
     if group.status == VOID:
         report.void_reason = group.void_reason.value if group.void_reason else ""
         report.observed = group.observation_mask().tolist()
@@ -146,7 +160,11 @@ def run_rounds(
             if group.status == VOID:
                 break
             armed = die_at if dying and layer == scenario.at_layer else lambda point: None
-            results.append(one_layer(group, members, 1000 * group.epoch + 10 * number + layer, armed))
+            results.append(one_layer(group, members, 1000 * group.epoch + 10 * number + layer, armed, scenario.victim))
+        if dying:
+            die_at("before_barrier")
+        if group.status != VOID:
+            group.clean_buffer(scenario.deadline_s)
         if group.status == VOID:  # not committed: whatever was right or wrong in it
             report.void_after_s = time.monotonic() - began
             return
@@ -155,7 +173,8 @@ def run_rounds(
         report.round_ms.append((time.monotonic() - began) * 1e3)
 
 
-def one_layer(group: ElasticGroup, members: list[int], seed: int, die_at: Callable[[str], None]) -> bool:
+def one_layer(group: ElasticGroup, members: list[int], seed: int, die_at: Callable[[str], None], victim: int) -> bool:
+    """Whether the tokens are exact: those of the oracle, or, once the victim is masked, without its experts' part."""
     tokens = Tokens.random(seed + 100 * group.rank, (seed + group.rank) % (SHAPE.max_tokens + 1))
     placement = Placement.random(seed, members)
     rank_TK, local_TK = placement.route(tokens)
@@ -172,7 +191,8 @@ def one_layer(group: ElasticGroup, members: list[int], seed: int, die_at: Callab
         rows = expert_mlp(received.x_NH(), placement.logical[group.rank][received.local_expert_N])
         out = group.combine(rows, received)
         die_at("after_combine")
-        return out is not None and torch.equal(out, oracle(tokens))
+        left = without(tokens, placement, victim) if group.query_mask_buffer()[victim] else tokens
+        return out is not None and torch.equal(out, oracle(left))
     finally:
         last.dispatch_word, last.combine_word = dispatch_row, combine_row
 
@@ -193,7 +213,7 @@ def run_scenario(scenario: Scenario) -> list[dict[str, Any]]:
     """Fork the ranks, give them the view without the victim once all survivors are void, reap them."""
     directory = Path(scenario.directory)
     pids = [fork_rank(scenario, rank) for rank in range(scenario.num_ranks)]
-    give_up = time.monotonic() + GENEROUS_S
+    give_up = time.monotonic() + scenario.limit_s
     ends: dict[int, int] = {}
     while len(ends) < len(pids) and time.monotonic() < give_up:
         for rank, pid in enumerate(pids):

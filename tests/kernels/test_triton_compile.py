@@ -27,7 +27,10 @@ def compiled() -> dict[str, dict[str, Any]]:
 
 
 def test_all_kernels_compile(compiled: dict[str, dict[str, Any]]) -> None:
-    assert set(compiled) == {"dispatch", "combine_ordered", "combine_reduced", "allgather", "barrier", "poison"}
+    forms = ("dispatch", "combine_ordered", "combine_reduced", "allgather")
+    control = ("announce", "barrier", "poison")
+    others = {f"{form}_alone" for form in forms} | {"dispatch_fp8", "dispatch_bare", "combine_ordered_bare"}
+    assert set(compiled) == {*forms, *control, *others}
     assert all(fact["sass_bytes"] > 0 for fact in compiled.values())
 
 
@@ -43,3 +46,11 @@ def test_rows_move_sixteen_bytes_at_a_time(compiled: dict[str, dict[str, Any]]) 
     assert compiled["combine_ordered"]["wide_loads"] >= 16  # top-8, sent and added up
     assert compiled["combine_ordered"]["wide_stores"] >= 9
     assert compiled["combine_reduced"]["wide_loads"] >= 3
+    assert compiled["dispatch_fp8"]["wide_loads"] >= 2
+    assert compiled["dispatch_fp8"]["wide_stores"] >= 4  # of half as many bytes: two turns of sixteen a thread and rank
+
+
+def test_what_the_bare_build_leaves_out(compiled: dict[str, dict[str, Any]]) -> None:
+    for name in ("dispatch", "combine_ordered"):
+        assert compiled[f"{name}_bare"]["sass_bytes"] < 0.8 * compiled[name]["sass_bytes"]
+        assert compiled[f"{name}_bare"]["release_words"] < compiled[name]["release_words"], "no poison of waits"

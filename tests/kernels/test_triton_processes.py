@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from kernels.elastic_mode import ElasticMode
 from tests.kernels.line_process import LineProcess, interpreted
 from tests.kernels.rank_process import Scenario
 
 # Interpreted operations take tenths of a second, seconds on a busy machine: only one test rests on a real deadline.
 DEADLINE_S = 6.0
+LIMIT_S = 90.0
 VICTIM = 1
 TRITON, REFERENCE = "triton", "reference"
 
@@ -44,6 +46,7 @@ def small(directory: Path, kinds: list[str], deadline_s: float = 30.0, **fault: 
         num_layers=1,
         num_rounds_after=1,
         kinds=kinds,
+        limit_s=LIMIT_S,
         **fault,
     )
 
@@ -62,6 +65,7 @@ def test_exchange_is_exact(zygote: LineProcess, heap_dir: Path) -> None:
         ([TRITON, TRITON], "before_dispatch"),
         ([TRITON, TRITON, REFERENCE], "between"),
         ([TRITON, REFERENCE, TRITON], "mid_combine"),
+        ([REFERENCE, TRITON, TRITON], "before_barrier"),
     ],
 )
 def test_sigkill_voids_one_round_and_nothing_else(
@@ -89,6 +93,16 @@ def test_only_the_dead_rank_is_accused_at_the_deadline(zygote: LineProcess, heap
         accused = [int(report["void_reason"] == "deadline" and rank == VICTIM) for rank in range(4)]
         assert report["void_reason"] in ("deadline", "peer_poison") and report["observed"] == accused
         assert report["void_after_s"] < 2 * DEADLINE_S, "one deadline in all"
+
+
+def test_without_a_monitor_survivors_mask_the_dead_and_nobody_else(zygote: LineProcess, heap_dir: Path) -> None:
+    """The cascade: the victim's word is out to the first rank, which goes on and waits for the third too."""
+    fault: dict[str, Any] = {"victim": VICTIM, "signal_number": signal.SIGKILL, "point": "mid_combine"}
+    kinds = [TRITON, REFERENCE, TRITON]
+    reports = run(zygote, small(heap_dir, kinds, DEADLINE_S, elastic=ElasticMode.ALONE.value, **fault))
+    for report in survivors(reports):
+        assert (report["void_reason"], report["masked"]) == ("", [0, 1, 0, 1])
+        assert report["num_exact"] == 2 * (1 + 1), "every round commits"
 
 
 def test_the_host_ends_a_patient_wait(zygote: LineProcess, heap_dir: Path) -> None:

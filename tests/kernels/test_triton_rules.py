@@ -16,6 +16,14 @@ CASES = (
     "masks_and_routing",
     "group_of_one_in_bfloat16",
     "wrong_use",
+    "alone_goes_on_without_the_late",
+    "alone_programs_agree_on_who_is_left_out",
+    "alone_header_and_barrier",
+    "off_raises",
+    "fp8_rows_have_the_bits_of_the_reference",
+    "waits_and_loads_are_counted",
+    "waits_count_for_whom_they_are",
+    "a_newcomer_announces_its_header",
 )
 READS_STATUS = "void = status(flags, MODE)"
 # What breaks each rule: case, module, text, replacement.
@@ -58,13 +66,19 @@ MUTANTS = {
         "mask=j < 4, other=0, volatile=True)",
     ),
     "2.1 old poison counts": ("ends_of_a_wait", "triton_wait", "tl.where(mark >= floor,", "tl.where(mark > 0,"),
+    "alone: programs that do not agree": (
+        "alone_programs_agree_on_who_is_left_out",
+        "triton_wait",
+        "late_bits = tl.where(decides, late_bits, before)",
+        "late_bits = late_bits",
+    ),
     "1.3 tags unread": ("headers", "triton_control", "if half_read + other_digest > 0", "if other_digest > 0"),
 }
 
 
 @pytest.fixture(scope="module")
 def cases() -> Iterator[LineProcess]:
-    with interpreted("tests.kernels.device_cases") as process:
+    with interpreted("tests.kernels.case_runner") as process:
         yield process
 
 
