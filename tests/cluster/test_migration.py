@@ -21,7 +21,8 @@ import pytest
 from common.abacus_tasks import unseen_problems
 from common.config import EMBEDDED_MODEL
 from common.messages import View
-from common.placement import PhysicalToLogical
+from common.placement import PhysicalToLogical, initial_placement
+from common.placement_file import PlacementFile
 from common.view import ranks
 from services.cli.chat_client import Stream
 from services.cli.placement import MonitorTalk, export_placement, import_placement
@@ -48,9 +49,18 @@ step_interval = 40
 """
 
 
+def recorded() -> PhysicalToLogical:
+    """Not what a cluster would begin with."""
+    plain = initial_placement(num_layers=2, num_logical_experts=32, max_ranks=8, num_ranks=4, num_local=12)
+    return tuple((*rows[3::-1], *rows[4:]) for rows in plain)
+
+
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    running = Cluster(tmp_path_factory.mktemp("slow") / "run", "--decode-ranks", "4", config=SLOW)
+    """Started from a recorded placement."""
+    base = tmp_path_factory.mktemp("slow")
+    (base / "start.json").write_text(PlacementFile(recorded()).to_text())
+    running = Cluster(base / "run", "--decode-ranks", "4", "--init-placement", str(base / "start.json"), config=SLOW)
     try:
         yield running.wait_ready()
     finally:
@@ -73,6 +83,14 @@ class Wish:
     version: int
     source: int
     target: int
+
+
+def view_of(cluster: Cluster) -> View:
+    talk = MonitorTalk(monitor_address(cluster.run_dir))
+    try:
+        return talk.view()
+    finally:
+        talk.close()
 
 
 async def wish(cluster: Cluster) -> Wish:
@@ -142,6 +160,7 @@ async def during_streams(
 
 async def test_streams_are_exact_while_experts_move(slow: Cluster, expected: list[Stream]) -> None:
     before = await slow.wait_status(is_whole)
+    assert (await asyncio.to_thread(view_of, slow)).placement.physical_to_logical == recorded()
 
     async def move() -> dict[str, Any]:
         return await end_of(slow, (await wish(slow)).version)
