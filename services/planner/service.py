@@ -164,7 +164,9 @@ class PlannerService:
         self._config = config
         shape = ModelShape(num_layers, num_experts, model.routing.n_group, expert_bytes)
         self.balancer = Balancer(self.process, config, shape)
-        self._first_plan = first_plan(self.process, config.decode, num_layers, num_experts, _recorded(config))
+        with for_the_operator():
+            recorded = _recorded(config)
+            self._first_plan = first_plan(self.process, config.decode, num_layers, num_experts, recorded)
 
     def _hello(self) -> Hello:
         args = self._args

@@ -63,6 +63,40 @@ def test_kill_by_name() -> None:
     assert worker.process not in {entry.process for entry in driver.monitor.directory.message.workers}
 
 
+def test_a_restart_is_done_when_the_successor_serves_and_the_old_one_leaves() -> None:
+    driver = Driver()
+    driver.form()
+    old, other = driver.enter("router", "router-0"), driver.enter("router", "router-1")
+    for router in (old, other):
+        router.state = "up"
+        driver.beat(router)
+    assert driver.fault("r", "restart", process="router-0") == "accepted"
+    assert (driver.puppets[ProcessId("agent-0-a")].got(Signal)[-1].signal) == "RESTART"
+    old.state = "draining"
+    driver.beat(old)
+    driver.advance(0.2)
+    assert driver.fault_status("r") == "accepted", "router-1 was there before"
+    successor = driver.enter("router", "router-2")
+    driver.beat(successor)
+    driver.advance(0.2)
+    assert driver.fault_status("r") == "accepted", "it does not serve yet"
+    successor.state = "up"
+    driver.beat(successor)
+    driver.advance(0.2)
+    assert driver.last_event("fault")["proof"] == "router-2, pid 7, serves in its place"
+    assert driver.fault_status("r") == "done"
+
+
+def test_only_routers_are_restarted() -> None:
+    driver = Driver()
+    driver.form()
+    driver.enter("prefill", "prefill-0")
+    assert driver.fault("p", "restart", process="prefill-0") == "refused"
+    assert driver.last_event("fault")["error"] == "prefill-0 is no router; others come back after term"
+    assert driver.fault("d", "restart", rank=1) == "refused"
+    assert driver.last_event("fault")["error"] == "restart needs a process: the name of a router"
+
+
 def test_the_same_id_twice_does_nothing_but_answer_again() -> None:
     driver = Driver()
     puppets = driver.form()
