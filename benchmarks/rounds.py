@@ -55,12 +55,10 @@ def run_rank(
         checkpoint.expert_layout,
         config.num_moe_layers,
         num_local_experts(decode, config.n_routed_experts),
-        lambda layer, expert, row: checkpoint.read_expert(config.first_k_dense_replace + layer, expert, row),
+        lambda layer, expert, row: checkpoint.read_expert(config.moe_layers[layer], expert, row),
     )
     pace = Pace(time.perf_counter, time.sleep)
-    exchange = ElasticExchange(
-        slots, config.first_k_dense_replace, config.num_moe_layers, config.n_routed_experts, pace
-    )
+    exchange = ElasticExchange(slots, config.moe_layers, config.n_routed_experts, pace)
     model = Model(checkpoint, exchange, cache)
     members = tuple(range(num_ranks))
     num_experts, num_layers = config.n_routed_experts, config.num_moe_layers

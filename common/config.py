@@ -80,6 +80,7 @@ class DecodeConfig(_Section, frozen=True):
     handoff_bytes: int = 1 << 30  # KV that has come from prefill workers for requests without blocks
     num_redundant_experts: int = -1  # -1: three copies of each, so that any two ranks may be lost
     num_staging_experts: int = -1  # memory of a rank for experts on their way in; -1: as many as a layer's slots
+    combine: Literal["ordered", "reduced"] = "ordered"  # reduced: fewer bytes, and no promise about exact tokens
     operation_deadline_s: float = 2.0  # of dispatch and combine
     idle_poll_s: float = 0.05
     allow_missing_experts: bool = False  # go on without experts that have no live copy, and mark what they lack

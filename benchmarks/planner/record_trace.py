@@ -33,12 +33,12 @@ class CountingExperts:
     def __init__(self, checkpoint: Checkpoint) -> None:
         config = checkpoint.config
         self._inner = LocalExperts(checkpoint)
-        self._first_layer = config.first_k_dense_replace
-        self._shape = config.num_hidden_layers - config.first_k_dense_replace, config.n_routed_experts
+        self._moe_layer = {layer: number for number, layer in enumerate(config.moe_layers)}
+        self._shape = config.num_moe_layers, config.n_routed_experts
         self._counts = np.zeros(self._shape, dtype=np.int64)
 
     def run(self, layer: int, x_TH: Tensor, topk_expert_TK: Tensor, topk_weight_TK: Tensor) -> Tensor:
-        self._counts[layer - self._first_layer] += np.bincount(topk_expert_TK.numpy().ravel(), minlength=self._shape[1])
+        self._counts[self._moe_layer[layer]] += np.bincount(topk_expert_TK.numpy().ravel(), minlength=self._shape[1])
         return self._inner.run(layer, x_TH, topk_expert_TK, topk_weight_TK)
 
     def take(self) -> list[list[int]]:

@@ -108,8 +108,8 @@ class Routing:
 class ModelConfig:
     """A mixture-of-experts decoder computed in fp32.
 
-    The first `first_k_dense_replace` layers have a dense MLP of `intermediate_size`, the others `n_routed_experts`
-    experts of `moe_intermediate_size`, and beside them, as one MLP, `n_shared_experts` for every token.
+    The first `first_k_dense_replace` layers and `dense_layers` have a dense MLP of `intermediate_size`. The others have
+    `n_routed_experts` experts of `moe_intermediate_size` and, as one MLP, `n_shared_experts` for every token.
     `eos_token_ids` holds the ids of config.json; generation_config.json may name more.
     """
 
@@ -131,6 +131,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    dense_layers: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         num_experts, n_group, topk_group = self.n_routed_experts, self.routing.n_group, self.routing.topk_group
@@ -156,7 +157,12 @@ class ModelConfig:
 
     @property
     def num_moe_layers(self) -> int:
-        return self.num_hidden_layers - self.first_k_dense_replace
+        return len(self.moe_layers)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers with experts, in order: expert memory and placements count these only."""
+        return tuple(layer for layer in range(self.num_hidden_layers) if self.is_moe_layer(layer))
 
     @property
     def kv_row_size(self) -> int:
@@ -164,4 +170,4 @@ class ModelConfig:
         return self.attention.kv_row_size
 
     def is_moe_layer(self, layer: int) -> bool:
-        return layer >= self.first_k_dense_replace
+        return layer >= self.first_k_dense_replace and layer not in self.dense_layers

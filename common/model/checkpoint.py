@@ -32,6 +32,14 @@ class LoadProgress:
     read_bytes: int
     checkpoint_bytes: int
 
+    def counters(self) -> dict[str, int]:
+        """For heartbeats."""
+        return {
+            "loaded_tensors": self.num_tensors,
+            "loaded_bytes": self.read_bytes,
+            "checkpoint_bytes": self.checkpoint_bytes,
+        }
+
 
 class Checkpoint:
     """The weights of one model directory. Open with `Checkpoint.open(directory)`.

@@ -150,7 +150,7 @@ class LocalExperts:
     def __init__(self, checkpoint: "Checkpoint") -> None:
         config, layout = checkpoint.config, checkpoint.expert_layout
         self._weights: dict[int, list[ExpertWeights]] = {}
-        for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
+        for layer in config.moe_layers:
             rows_PF = torch.empty((config.n_routed_experts, layout.row_size))
             for expert in range(config.n_routed_experts):
                 checkpoint.read_expert(layer, expert, rows_PF[expert])

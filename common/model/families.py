@@ -110,7 +110,8 @@ def _read_qwen3_moe(fields: JsonFields) -> ModelConfig:
     return ModelConfig(
         n_routed_experts=fields.whole(experts),
         n_shared_experts=0,
-        first_k_dense_replace=_num_dense_layers(fields, common["num_hidden_layers"]),
+        first_k_dense_replace=0,
+        dense_layers=_dense_layers(fields, common["num_hidden_layers"]),
         attention=GroupedAttentionShape(fields.whole("num_key_value_heads"), head_dim),
         routing=Routing("softmax", norm_topk_prob=fields.flag("norm_topk_prob")),
         rope=read_rope(fields, scales_scores=False),
@@ -118,18 +119,13 @@ def _read_qwen3_moe(fields: JsonFields) -> ModelConfig:
     )
 
 
-def _num_dense_layers(fields: JsonFields, num_layers: int) -> int:
-    """Qwen3 names its dense layers one by one; here they must come first, since expert memory is laid out so."""
+def _dense_layers(fields: JsonFields, num_layers: int) -> frozenset[int]:
+    """Qwen3 names its dense layers one by one, and all but each decoder_sparse_step-th are."""
     named = fields.take("mlp_only_layers") or []
     if not isinstance(named, list) or any(isinstance(item, bool) or not isinstance(item, int) for item in named):
         raise fields.error("mlp_only_layers", f"must be a list of layer numbers, got {named!r}")
     step = fields.whole("decoder_sparse_step", default=1)
-    dense = [layer for layer in range(num_layers) if layer in named or (layer + 1) % step]
-    if dense != list(range(len(dense))):
-        field = "decoder_sparse_step" if step > 1 else "mlp_only_layers"
-        value = step if step > 1 else named
-        raise fields.error(field, f"= {value!r} is not supported: layers without experts must be the first ones")
-    return len(dense)
+    return frozenset(layer for layer in range(num_layers) if layer in named or (layer + 1) % step)
 
 
 def _common(fields: JsonFields) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 Legend: L mixture-of-experts layers, T own tokens, H hidden, K experts per token, E logical experts, N received entries.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -16,19 +18,26 @@ from services.decode.expert_slots import ExpertSlots
 
 
 class ElasticExchange:
-    """``first_layer``: the model's first mixture-of-experts layer. ``enter`` names group and map of an epoch."""
+    """``moe_layers``: the model's layers with experts. ``enter`` names group and map of an epoch. Not ``ordered``: sums
+    depend on which ranks hold the experts."""
 
     def __init__(
-        self, slots: ExpertSlots, first_layer: int, num_layers: int, num_logical_experts: int, pace: Pace
+        self,
+        slots: ExpertSlots,
+        moe_layers: Sequence[int],
+        num_logical_experts: int,
+        pace: Pace,
+        ordered: bool = True,
     ) -> None:
-        self._slots, self._first_layer, self._pace = slots, first_layer, pace
+        self._slots, self._pace, self._ordered = slots, pace, ordered
+        self._moe_layer = {layer: number for number, layer in enumerate(moe_layers)}
         self._group: ElasticGroup | None = None
         self._choice: ReplicaChoice | None = None
         self._num_sent = 0
         self._has_orphans = False
         self._missed_T: npt.NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
         self.num_operations = 0
-        self.load_LE: npt.NDArray[np.int64] = np.zeros((num_layers, num_logical_experts), dtype=np.int64)
+        self.load_LE: npt.NDArray[np.int64] = np.zeros((len(moe_layers), num_logical_experts), dtype=np.int64)
 
     def enter(self, group: ElasticGroup, choice: ReplicaChoice, has_orphans: bool = False) -> None:
         self._group, self._choice, self._has_orphans = group, choice, has_orphans
@@ -42,7 +51,7 @@ class ElasticExchange:
     def run(self, layer: int, x_TH: Tensor, topk_expert_TK: Tensor, topk_weight_TK: Tensor) -> Tensor:
         """See `common.model.experts.ExpertExchange`. Raises VoidRound when an operation did not complete."""
         assert self._group is not None and self._choice is not None, "no epoch entered"
-        group, moe_layer = self._group, layer - self._first_layer
+        group, moe_layer = self._group, self._moe_layer[layer]
         logical_TK = topk_expert_TK.numpy()
         # Any number that differs between tokens will do: which copy serves a token does not change its bits.
         hash_T = np.arange(self._num_sent, self._num_sent + len(logical_TK))
@@ -63,7 +72,7 @@ class ElasticExchange:
             lambda local: self._slots.weights(moe_layer, local),
         )
         self._pace.pause()
-        out_TH = group.combine(rows_NH, received)
+        out_TH = group.combine(rows_NH, received, ordered=self._ordered)
         if out_TH is None:
             raise VoidRound
         self.num_operations += 1

@@ -17,7 +17,7 @@ import torch
 from common.config import ClusterConfig
 from common.ids import ProcessId, Rank
 from common.messages import Placement, View
-from common.model.checkpoint import Checkpoint
+from common.model.checkpoint import Checkpoint, LoadProgress
 from common.model.experts import VoidRound
 from common.model.kv_cache import write_kv
 from common.model.model import Batch, Model
@@ -47,7 +47,8 @@ class RankEngine:
     ) -> None:
         self._decode, self._planner, self._process = config.decode, config.planner, process
         self._pace, self._link_fault = pace, link_fault
-        self._checkpoint = Checkpoint.open(config.model.path)
+        self.loaded: LoadProgress | None = None  # of this process, by whatever thread loads
+        self._checkpoint = Checkpoint.open(config.model.path, self._on_loaded)
         self._layout = rank_heap_layout(self._checkpoint, config.decode)
         self._provider = ShmProvider(heap_dir)
         self._peers = PeerHeaps(self._provider, self._layout)
@@ -76,6 +77,9 @@ class RankEngine:
         exchange, slots = self._exchange, self._slots
         return (exchange.num_operations if exchange else 0) + (slots.num_loads if slots else 0)
 
+    def _on_loaded(self, loaded: LoadProgress) -> None:
+        self.loaded = loaded
+
     def begin_life(self, life: int) -> None:
         """Makes the heap of this life and the model that computes in it."""
         model, self._life = self._checkpoint.config, life
@@ -84,18 +88,17 @@ class RankEngine:
         region = {
             name: self._layout.view(heap.bytes_U8, name) for name in ("expert_weights", "expert_tags", "kv_cache")
         }
-        first_layer = model.first_k_dense_replace
+        moe_layers = model.moe_layers
         self._slots = ExpertSlots(
             region["expert_weights"],
             region["expert_tags"],
             self._checkpoint.expert_layout,
             model.num_moe_layers,
             num_local_experts(self._decode, model.n_routed_experts),
-            lambda layer, expert, row: self._checkpoint.read_expert(first_layer + layer, expert, row),
+            lambda layer, expert, row: self._checkpoint.read_expert(moe_layers[layer], expert, row),
         )
-        self._exchange = ElasticExchange(
-            self._slots, first_layer, model.num_moe_layers, model.n_routed_experts, self._pace
-        )
+        ordered = self._decode.combine == "ordered"
+        self._exchange = ElasticExchange(self._slots, moe_layers, model.n_routed_experts, self._pace, ordered)
         self._model = Model(self._checkpoint, self._exchange, region["kv_cache"])
         # Last: a heap with a header is one that peers may write into.
         self._layout.format(heap.bytes_U8)

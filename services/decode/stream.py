@@ -467,7 +467,8 @@ class Stream:
         scheduler, delivery = self._scheduler, self._delivery
         if scheduler is None or delivery is None:
             return {}
-        return {
+        loaded = self._engine.loaded if self._engine else None
+        return (loaded.counters() if loaded else {}) | {
             "running": scheduler.num_running,
             "waiting": scheduler.num_waiting,
             "kv_blocks_used": scheduler.blocks.num_used,

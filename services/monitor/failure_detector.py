@@ -2,7 +2,8 @@
 
 silent     nothing heard for heartbeat_timeout_s of the monitor's own on-time ticks
 stuck      heartbeats come, but no progress for that long while another member waits for this one
-behind     the published view's epoch not reported within adopt_timeout_s
+behind     the published view's epoch not reported, and no progress made, within adopt_timeout_s: who loads repaired
+           experts makes progress, and gets up to prepare_timeout_s
 """
 
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ class FailureDetector:
     def __init__(self, config: MonitorConfig, table: ProcessTable, clock: TickClock) -> None:
         self._config, self._table, self._clock = config, table, clock
         self._standstill: dict[ProcessId, tuple[int, float]] = {}  # of awaited members: progress, and since when
+        self._adopting: dict[ProcessId, tuple[int, float]] = {}  # of members that are behind: the same
 
     def silent(self, view: View, now: float) -> list[Suspect]:
         found = []
@@ -36,10 +38,22 @@ class FailureDetector:
         return found
 
     def behind(self, view: View, published_at: float, now: float) -> list[Suspect]:
-        if self._clock.elapsed(published_at, now) <= self._config.adopt_timeout_s:
-            return []
-        evidence = f"view {view.epoch} not adopted within {self._config.adopt_timeout_s:g} s"
-        return [Suspect(m.process, evidence, published_at) for m in view.members if not self.has_adopted(m, view)]
+        """To be called at every tick: it compares with what was seen at the ticks before."""
+        found = []
+        for member in view.members:
+            if self.has_adopted(member, view):
+                continue
+            process = self._table.get(member.process)
+            progress = process.beat.progress if process else -1
+            last, since = self._adopting.get(member.process, (progress, published_at))
+            if progress != last:
+                since = now
+            self._adopting[member.process] = (progress, since)
+            late = self._clock.elapsed(since, now) > self._config.adopt_timeout_s
+            if late or self._clock.elapsed(published_at, now) > self._config.prepare_timeout_s:
+                evidence = f"view {view.epoch} not adopted within {self._clock.elapsed(published_at, now):.1f} s"
+                found.append(Suspect(member.process, evidence, published_at))
+        return found
 
     def has_adopted(self, member: Member, view: View) -> bool:
         process = self._table.get(member.process)
@@ -72,3 +86,4 @@ class FailureDetector:
     def restart(self) -> None:
         """A new view: whatever was awaited belonged to the old one."""
         self._standstill.clear()
+        self._adopting.clear()

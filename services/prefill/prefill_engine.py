@@ -17,7 +17,7 @@ import torch
 
 from common.config import PrefillConfig
 from common.messages import TopLogprobs
-from common.model.checkpoint import Checkpoint
+from common.model.checkpoint import Checkpoint, LoadProgress
 from common.model.experts import LocalExperts
 from common.model.kv_cache import kv_block_bytes, kv_cache_shape, read_kv
 from common.model.model import Batch, Model
@@ -49,8 +49,14 @@ class Piece:
 class PrefillEngine:
     """Raises ValueError of one line for a checkpoint that cannot be used."""
 
-    def __init__(self, path: Path | str, config: PrefillConfig, block_size: int) -> None:
-        checkpoint = Checkpoint.open(path)
+    def __init__(
+        self,
+        path: Path | str,
+        config: PrefillConfig,
+        block_size: int,
+        on_progress: Callable[[LoadProgress], None] | None = None,
+    ) -> None:
+        checkpoint = Checkpoint.open(path, on_progress)
         model, block_bytes = checkpoint.config, kv_block_bytes(checkpoint.config, block_size)
         num_blocks = config.num_kv_blocks + config.prefix_cache_bytes // block_bytes
         cache_LBPC = torch.zeros(kv_cache_shape(model, num_blocks, block_size))

@@ -30,6 +30,7 @@ from common.messages import (
     View,
     Welcome,
 )
+from common.model.checkpoint import LoadProgress
 from common.monitor_address import interface_for
 from common.monitor_client import MonitorClient
 from common.network_cut import NetworkCut
@@ -58,6 +59,7 @@ class PrefillService:
         self._links: dict[str, Link] = {}
         self._network = NetworkCut()
         self._pace, self._faults = Pace(time.monotonic, time.sleep), SelfFaults(self._process)
+        self._loaded: LoadProgress | None = None
         self._num_batches = self._num_done = 0
 
     async def serve(self, stop: asyncio.Event) -> None:
@@ -107,7 +109,7 @@ class PrefillService:
         config = await self._config
         with for_the_operator():
             engine = await loop.run_in_executor(
-                executor, PrefillEngine, config.model.path, config.prefill, config.decode.block_size
+                executor, PrefillEngine, config.model.path, config.prefill, config.decode.block_size, self._on_loaded
             )
         self._queue = PrefillQueue.of(config.prefill, config.decode.block_size, engine.limits, config.router.lost_s)
         if self._directory is not None:
@@ -199,6 +201,10 @@ class PrefillService:
         for endpoint in self._decode_links.on_endpoints(endpoints, time.monotonic()):
             self._links.pop(endpoint).close()
 
+    def _on_loaded(self, loaded: LoadProgress) -> None:
+        """On the thread that loads."""
+        self._loaded = loaded
+
     def _push(self, piece: Piece) -> None:
         """On the loop, while the thread computes on."""
         prefill = piece.chunk.prefill
@@ -252,6 +258,8 @@ class PrefillService:
             "strangers_refused": self._endpoint.num_refused,
             "prefills_done": self._num_done,
         }
+        if self._loaded is not None:
+            counters |= self._loaded.counters()
         if queue is not None:
             counters |= {
                 "kv_blocks_used": queue.blocks.num_used,

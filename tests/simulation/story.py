@@ -200,7 +200,7 @@ def _in_place_of_torch_and_time(story: Story) -> Iterator[None]:
 
     class Checkpoint:
         @staticmethod
-        def open(path: str) -> SymbolicCheckpoint:
+        def open(path: str, on_progress: object = None) -> SymbolicCheckpoint:
             return SymbolicCheckpoint.of(story.num_layers)
 
     def pause(num_polls: int) -> None:

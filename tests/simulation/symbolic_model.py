@@ -69,6 +69,7 @@ class SymbolicCheckpoint:
             SimpleNamespace(
                 n_routed_experts=NUM_EXPERTS,
                 num_moe_layers=num_layers,
+                moe_layers=tuple(range(num_layers)),
                 num_experts_per_tok=TOP_K,
                 hidden_size=HIDDEN,
                 first_k_dense_replace=0,

@@ -110,6 +110,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "mlp_only_layers": [0, 1],
     },
+    "qwen3-dense_between": {"mlp_only_layers": [0], "decoder_sparse_step": 2, "num_hidden_layers": 5},
     "qwen3-one_key_head-yarn": {"num_key_value_heads": 1, "rope_parameters": yarn(), "num_experts": 12},
     "qwen3-as_many_key_heads": {"num_key_value_heads": 4, "head_dim": 16, "rms_norm_eps": 1e-3},
     "qwen3-wide-sparse_step-bf16": {

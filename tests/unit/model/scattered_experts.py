@@ -16,7 +16,7 @@ class ScatteredExperts:
         self._num_ranks = num_ranks
         config, layout = checkpoint.config, checkpoint.expert_layout
         self._weights: dict[tuple[int, int, int], ExpertWeights] = {}
-        for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
+        for layer in config.moe_layers:
             for expert in range(config.n_routed_experts):
                 holders = self._rng.permutation(num_ranks)[: self._rng.integers(1, num_ranks + 1)]
                 for rank in holders:

@@ -151,11 +151,17 @@ def test_published_qwen3() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dense", "num_dense"),
-    [({"mlp_only_layers": [2, 0, 1]}, 3), ({"decoder_sparse_step": 48}, 47), ({"mlp_only_layers": None}, 0)],
+    ("dense", "moe_layers"),
+    [
+        ({"mlp_only_layers": [2, 0, 1]}, range(3, 48)),
+        ({"decoder_sparse_step": 48}, [47]),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [3, 4]}, [1, *range(5, 48, 2)]),
+        ({"mlp_only_layers": None}, range(48)),
+    ],
 )
-def test_dense_layers_of_qwen3_may_come_first(dense: dict[str, Any], num_dense: int) -> None:
-    assert model_config_from_dict(PUBLISHED_QWEN3 | dense).first_k_dense_replace == num_dense
+def test_dense_layers_of_qwen3_may_come_anywhere(dense: dict[str, Any], moe_layers: list[int]) -> None:
+    config = model_config_from_dict(PUBLISHED_QWEN3 | dense)
+    assert config.moe_layers == tuple(moe_layers) and config.num_moe_layers == len(moe_layers)
 
 
 def yarn(**settings: object) -> dict[str, Any]:
@@ -249,9 +255,8 @@ def test_what_deepseek_v2_does_not_support_is_named(change: dict[str, Any], fiel
     ("change", "field"),
     [
         ({"use_sliding_window": True}, "use_sliding_window = True"),
-        ({"mlp_only_layers": [1]}, "mlp_only_layers = [1] is not supported"),
         ({"mlp_only_layers": 3}, "mlp_only_layers must be a list"),
-        ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step must be at least 1"),
         ({"num_key_value_heads": 5}, "num_key_value_heads 5 does not divide num_attention_heads 32"),
         ({"num_key_value_heads": None}, "num_key_value_heads is missing"),
         ({"head_dim": 63}, "head_dim must be even"),

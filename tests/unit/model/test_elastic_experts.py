@@ -28,7 +28,7 @@ class ElasticExperts:
         self._group = group
         config, layout = checkpoint.config, checkpoint.expert_layout
         self._weights: dict[tuple[int, int], ExpertWeights] = {}
-        for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
+        for layer in config.moe_layers:
             for local, expert in enumerate(range(group.rank, config.n_routed_experts, NUM_RANKS)):
                 row = torch.empty(layout.row_size)
                 checkpoint.read_expert(layer, expert, row)

@@ -342,6 +342,30 @@ def test_an_idle_group_is_left_alone() -> None:
     assert driver.epoch == epoch
 
 
+def test_a_member_that_loads_experts_for_a_view_may_take_longer() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    puppets[2].follows = False
+    driver.exited(puppets[1])
+    for _ in range(10):
+        puppets[2].progress += 1
+        driver.advance(CONFIG.monitor.adopt_timeout_s / 2)
+        assert driver.ranks == [0, 2], "it makes progress"
+    driver.advance(CONFIG.monitor.adopt_timeout_s + 0.6)
+    assert driver.ranks == [0], "and now it does not"
+
+
+def test_a_member_that_makes_progress_and_never_adopts_is_removed() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    puppets[2].follows = False
+    driver.exited(puppets[1])
+    for _ in range(int(CONFIG.monitor.prepare_timeout_s) + 2):
+        puppets[2].progress += 1
+        driver.advance(1.0)
+    assert driver.ranks == [0]
+
+
 def test_a_member_that_does_not_adopt_is_removed() -> None:
     driver = Driver()
     puppets = driver.form()
