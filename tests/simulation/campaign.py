@@ -7,11 +7,13 @@ the first one ended, and code that has changed starts anew.
 import argparse
 import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
@@ -20,6 +22,7 @@ from tests.simulation.mutant_list import MUTANTS
 from tests.simulation.mutants import ROOT, catch
 
 _CHUNK = 10
+_COUNTS = "counts-"  # and the first seed of a chunk
 _SOURCES = ("common", "kernels", "services", "tests/simulation")
 
 
@@ -31,17 +34,21 @@ def digest_of_sources(root: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def run_chunk(seeds: list[int]) -> list[tuple[int, str]]:
+def run_chunk(seeds: list[int]) -> tuple[list[tuple[int, str]], dict[str, int]]:
+    """What broke in each, and what happened in all of them together."""
     import torch
 
     from tests.simulation.run import run_seed
 
     torch.set_num_threads(1)
     results = []
+    counts: Counter[str] = Counter()
     for seed in seeds:
         story, broken = run_seed(seed)
+        counts += story.checker.counts
+        counts.update({f"fault: {kind}": number for kind, number in story.world.num_faults.items()})
         results.append((seed, f"at {story.world.now:.3f}: {broken}".replace("\n", " ") if broken else ""))
-    return results
+    return results, dict(counts)
 
 
 def run_mutant(name: str) -> tuple[str, str]:
@@ -71,7 +78,8 @@ class Campaign:
         started, num_done = time.monotonic(), 0
         context = multiprocessing.get_context("spawn")
         with context.Pool(self._jobs, _ignore_interrupts) as pool, self._file.open("a") as out:
-            for found in pool.imap_unordered(run_chunk, _chunks(todo)):
+            for found, counts in pool.imap_unordered(run_chunk, _chunks(todo)):
+                self._note(out, f"{_COUNTS}{found[0][0]}", json.dumps(counts))
                 for seed, broken in found:
                     self._note(out, str(seed), broken)
                     if broken:
@@ -83,9 +91,22 @@ class Campaign:
                 self._note(out, name, caught)
                 print(f"mutant {name}: {caught or 'NOT CAUGHT'}", flush=True)
 
+    @property
+    def num_stories(self) -> int:
+        return sum(key.isdecimal() for key in self.results)
+
     def _note(self, out: TextIO, key: str, text: str) -> None:
         self.results[key] = text
         print(f"{key} {text}", file=out, flush=True)
+
+
+def summary(results: dict[str, str]) -> list[str]:
+    """What happened in all stories that have been run."""
+    total: Counter[str] = Counter()
+    for key, text in results.items():
+        if key.startswith(_COUNTS):
+            total.update(json.loads(text))
+    return [f"{number:9d} {what}" for what, number in sorted(total.items())]
 
 
 def _ignore_interrupts() -> None:
@@ -106,8 +127,10 @@ def main() -> int:
     try:
         campaign.run(args.seeds, names)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here")
+        print("\n".join(summary(campaign.results)))
+        print(f"interrupted after {campaign.num_stories} stories; the same command goes on from here")
         return 1
+    print("\n".join(summary(campaign.results)))
     broken = [seed for seed in range(args.seeds) if campaign.results[str(seed)]]
     missed = [name for name in names if not campaign.results[name]]
     for seed in broken:

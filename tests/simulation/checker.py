@@ -7,6 +7,7 @@
 * Nobody waits for ever: some time after the last fault the group is whole and nobody holds anything.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,18 @@ from tests.simulation.router_node import RouterNode
 from tests.simulation.symbolic_model import NUM_EXPERTS, whole_output
 from tests.simulation.world import Bad, World
 
+_COUNTED = (
+    "joined",
+    "removed",
+    "masked",
+    "released",
+    "roll_call",
+    "term",
+    "scaling",
+    "scaled",
+    "migration",
+    "degraded",
+)
 # By its own word, or of a process that the new monitor cannot know.
 _NO_BLAME = ("left its slot", "not in the group by its own word")
 
@@ -41,7 +54,7 @@ class Checker:
     def __init__(self, world: World, num_layers: int) -> None:
         self._world, self._num_layers = world, num_layers
         self.clients: dict[RequestId, Client] = {}
-        self.num_left = self.num_commits = self.num_views = 0
+        self.counts: Counter[str] = Counter()  # of what happened in this story
         self._published = 0
         self._digests: dict[int, int] = {}
         self._epochs: dict[str, int] = {}
@@ -64,7 +77,7 @@ class Checker:
 
     def on_client_gone(self, request: RequestId) -> None:
         del self.clients[request]
-        self.num_left += 1
+        self.counts["clients gone"] += 1
 
     def on_deliver(self, tokens: Deliver) -> None:
         client = self.clients.get(tokens.request)
@@ -80,6 +93,8 @@ class Checker:
             if client.received[number : number + 1] != list(client.expected[number : number + 1]):
                 raise Bad(f"WRONG TOKEN number {number} of {tokens.request}")
         client.finish = tokens.finish
+        self.counts["tokens"] += len(tokens.ids)
+        self.counts["requests"] += bool(tokens.finish)
         if tokens.finish:
             self._world.tell(f"{tokens.request[-4:]} done: {len(client.received)} tokens")
             if tuple(client.received) != client.expected or tokens.finish != client.expected_finish:
@@ -100,7 +115,7 @@ class Checker:
 
     def on_commit(self, node: DecodeNode, batch: TokenBatch) -> None:
         """Tokens leave a rank."""
-        self.num_commits += 1
+        self.counts["commits"] += 1
         last = self._last_incarnation.get(batch.rank, 0)
         if batch.incarnation < last:
             raise Bad(f"{node.process} commits as {batch.rank}.{batch.incarnation} after {batch.rank}.{last}")
@@ -130,7 +145,7 @@ class Checker:
     # The monitor.
 
     def on_published(self, view: View) -> None:
-        self.num_views += 1
+        self.counts["views"] += 1
         self._note_view(view)
         if view.epoch <= self._published:
             raise Bad(f"view {view.epoch} published after {self._published}")
@@ -153,6 +168,8 @@ class Checker:
     def on_event(self, monitor: MonitorNode, event: dict[str, Any]) -> None:
         shown = " ".join(f"{k}={v}" for k, v in event.items() if k not in ("type", "time", "kind", "since", "term"))
         self._world.tell(f"{monitor.process[:12]} {event['kind']}: {shown}")
+        if event["kind"] in _COUNTED:
+            self.counts[f"{event['kind']} {event.get('status', '')}".strip()] += 1
         if event["kind"] == "fault":
             self._last_event[event.get("id", "")] = event
         elif event["kind"] == "roll_call":

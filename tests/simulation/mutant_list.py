@@ -273,7 +273,6 @@ MUTANTS = (
                 "        return not set(self.waiting) - set(self.newcomers if self.base else ())",
             ),
         ),
-        num_seeds=1000,
     ),
     Mutant(
         "request-ids-reused-by-the-next-router",
@@ -329,6 +328,7 @@ MUTANTS = (
             (_WAIT, "elif fault is None and any(poison[member] >= floor for member in members):", "elif False:"),
             (_WAIT, "elif poison[self._rank] >= floor:", "elif False:"),
         ),
+        num_seeds=100,
         by_test="tests/kernels/test_ep_epochs.py",
     ),
     Mutant(
@@ -340,21 +340,25 @@ MUTANTS = (
                 "",
             ),
         ),
+        num_seeds=100,
         by_test="tests/kernels/test_ep_epochs.py",
     ),
     Mutant(
         "a-word-from-the-future-is-waited-out",
         ((_WAIT, "future |= word > step", "future |= False"),),
+        num_seeds=100,
         by_test="tests/kernels/test_ep_waits.py",
     ),
     Mutant(
         "no-digest",
         ((_REFERENCE, "if len({row[0] for row in data_by_member}) > 1:", "if False:"),),
+        num_seeds=100,
         by_test="tests/kernels/test_ep_waits.py",
     ),
     Mutant(
         "no-tags-in-headers",
         ((_REFERENCE, "if (rows >> _HIGH_HALF != header_tag(step)).any():", "if False:"),),
+        num_seeds=100,
         by_test="tests/kernels/test_ep_waits.py",
     ),
     Mutant(
@@ -366,6 +370,7 @@ MUTANTS = (
                 "",
             ),
         ),
+        num_seeds=100,
         by_test="tests/unit/decode/test_staging.py",
     ),
     Mutant(
@@ -377,6 +382,7 @@ MUTANTS = (
                 "        return row",
             ),
         ),
+        num_seeds=100,
         by_test="tests/unit/decode/test_expert_slots.py",
     ),
     Mutant(
@@ -388,6 +394,7 @@ MUTANTS = (
                 "    return ordinal & 1",
             ),
         ),
+        num_seeds=100,
         by_test="tests/kernels/test_ep_epochs.py",
     ),
 )
