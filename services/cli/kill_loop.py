@@ -9,7 +9,7 @@ from common.monitor_address import MonitorAddress
 from services.cli.cluster_state import fetch_cluster
 from services.cli.fault import FaultClient, fault_event
 
-_ONE_SURVIVES = 2  # ranks that must serve before one of them is killed
+_MIN_SURVIVORS = 2  # with one rank there may be no room for all experts, and nothing would go on
 
 
 class KillLoop:
@@ -34,7 +34,7 @@ class KillLoop:
         """False when there was nobody to kill yet."""
         cluster = await asyncio.to_thread(fetch_cluster, self._url)
         serving = [rank for rank in cluster["ranks"] if rank["state"] == "serving"]
-        if len(serving) < _ONE_SURVIVES:
+        if len(serving) <= _MIN_SURVIVORS:
             return False
         victim = max(serving, key=lambda rank: int(rank["running"]))
         answer = await asyncio.to_thread(bus.inject, fault_event("kill", int(victim["rank"]), None))

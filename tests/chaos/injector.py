@@ -79,26 +79,40 @@ class Injector:
 
     async def _event(self, fault: Fault) -> None:
         """Refused is no failure: beside another fault there may be no such rank, or no room without it."""
-        rank = int(fault.pick * self.size[0])
-        event = scale_event(*fault.size) if fault.action == "scale" else fault_event(fault.action, rank, None)
-        answer = await self._ask(event)
-        self._tell(
-            f"{fault}{'' if fault.action == 'scale' else f', rank {rank}'}: {answer['status']}: {proof_of(answer)}"
-        )
+        rank = None if fault.action == "scale" else int(fault.pick * self.size[0])
+        answer = await self._ask(await self._as_event(fault, rank))
+        self._tell(f"{fault}{'' if rank is None else f', rank {rank}'}: {answer['status']}: {proof_of(answer)}")
         if answer["status"] == "done":
             self._count(fault)
         else:
             self.num_refused += 1
-        if fault.action != "scale":
+        if rank is not None and fault.action in ("mask", "drain"):
             self._masked.add(rank)
         await asyncio.sleep(fault.hold_s)
-        await self._undo(UNDONE_BY[fault.action], rank)
+        if fault.action in UNDONE_BY:
+            await self._undo(UNDONE_BY[fault.action], rank)
 
-    async def _undo(self, action: str, rank: int) -> None:
-        event = scale_event(*self.size) if action == "scale" else fault_event(action, rank, None)
+    async def _as_event(self, fault: Fault, rank: int | None) -> dict[str, object]:
+        detail = dict(fault.detail)
+        if fault.action == "kill in a round":
+            status = await self.cluster.fetch_status()
+            rounds = max((int(entry.get("group_rounds", 0)) for entry in status["ranks"]), default=0)
+            ahead = detail["rounds_ahead"]
+            assert isinstance(ahead, int)
+            return fault_event("kill", rank, None, at_round=rounds + ahead)
+        return fault_event(fault.action, rank, None, **detail)
+
+    async def _undo(self, action: str, rank: int | None) -> None:
+        match action:
+            case "scale":
+                event = scale_event(*self.size)
+            case "slow":
+                event = fault_event(action, rank, None, factor=1.0)
+            case _:
+                event = fault_event(action, rank, None)
         answer = await self._ask(event)
-        self._tell(f"{action} {'' if action == 'scale' else f'rank {rank}'}: {answer['status']}: {proof_of(answer)}")
-        if answer["status"] != "failed":
+        self._tell(f"{action}{'' if rank is None else f' rank {rank}'} again: {answer['status']}: {proof_of(answer)}")
+        if answer["status"] != "failed" and rank is not None and action != "slow":
             self._masked.discard(rank)
 
     async def _ask(self, event: dict[str, object]) -> dict[str, Any]:
@@ -113,7 +127,7 @@ class Injector:
         """Ranks still masked, and the size: an undoing may itself have met a fault."""
         for rank in sorted(self._masked):
             await self._undo("unmask", rank)
-        await self._undo("scale", 0)
+        await self._undo("scale", None)
 
 
 def _send(pid: int, number: signal.Signals) -> None:

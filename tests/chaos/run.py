@@ -29,6 +29,7 @@ from tests.cluster.harness import Cluster, outcome, stream_all, varied_bodies
 NUM_STREAMS, MAX_TOKENS, NUM_RANKS, NUM_PREFILL = 12, 120, 4, 2
 CLUSTER_OPTIONS = ("--decode-ranks", str(NUM_RANKS), "--prefill-workers", str(NUM_PREFILL))
 _WHOLE_S = 90.0
+_LONG_GAP_S = 20.0  # longer than any deadline: worth a look, though nothing was wrong
 
 
 @dataclass
@@ -113,7 +114,7 @@ def run_seed(seed: int, seconds: float) -> bool:
                 asyncio.run(run_chaos(cluster, seed, seconds, tally))
             except (AssertionError, ExceptionGroup) as error:
                 failure = f"seed {seed}: {error!r}"
-            if failure or tally.wrong:
+            if failure or tally.wrong or max(tally.gaps_s, default=0.0) > _LONG_GAP_S:
                 print("\n".join(["story:", *tally.injector.story, "events:", *_events(cluster), cluster.logs(4000)]))
         finally:
             cluster.stop()

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
+from common.network_cut import DIRECTIONS, WHICH
+
 SIGNALS = ("kill", "stop")
-UNDONE_BY = {"mask": "unmask", "drain": "undrain", "scale": "scale"}
+UNDONE_BY = {"mask": "unmask", "drain": "undrain", "scale": "scale", "slow": "slow"}
 
 # What may be hit and how: (action, whom, weight). "all prefill" and "everything" are hit together.
 _MENU = (
@@ -28,8 +30,14 @@ _MENU = (
     ("mask", "decode", 1),
     ("drain", "decode", 2),
     ("scale", "cluster", 2),
+    ("slow", "decode", 2),
+    ("drop_network", "decode", 2),
+    ("corrupt_heap", "decode", 2),
+    ("kill in a round", "decode", 2),
 )
 _PAIR_SHARE = 0.3
+_FACTORS = (2.0, 4.0, 10.0)
+_CUTS = tuple((which, direction) for which in WHICH for direction in DIRECTIONS)
 _SIZES = ((3, 1), (5, 2), (6, 3), (4, 3))  # decode ranks, prefill workers; back to the first size afterwards
 
 
@@ -42,12 +50,12 @@ class Fault:
     kind: str
     pick: float
     hold_s: float = 0.0  # until it is undone
-    size: tuple[int, int] = (0, 0)  # of scale
+    detail: tuple[tuple[str, object], ...] = ()  # keys and values of the fault event
 
     def __str__(self) -> str:
-        held = f" for {self.hold_s:g} s" if self.hold_s else ""
-        size = f" to {self.size[0]} ranks, {self.size[1]} prefill" if self.action == "scale" else ""
-        return f"{self.action} {self.kind}{size}{held}"
+        held = f" for {self.hold_s:.3g} s" if self.hold_s else ""
+        details = "".join(f", {key} {value}" for key, value in self.detail)
+        return f"{self.action} {self.kind}{details}{held}"
 
 
 def schedule(seed: int) -> Iterator[list[Fault]]:
@@ -64,11 +72,23 @@ def schedule(seed: int) -> Iterator[list[Fault]]:
 
 def _fault(random: Random, after_s: float) -> Fault:
     action, kind, _ = random.choices(_MENU, [weight for *_, weight in _MENU])[0]
-    pick, hold_s, size = random.random(), 0.0, (0, 0)
-    if action == "stop":
-        hold_s = random.choice((0.5, 3.0) if kind == "everything" else (0.5, 2.0, 7.0))
-    elif action in UNDONE_BY:
-        hold_s = random.uniform(0.5, 4.0)
-    if action == "scale":
-        size = random.choice(_SIZES)
-    return Fault(after_s, action, kind, pick, hold_s, size)
+    pick, hold_s = random.random(), 0.0
+    detail: dict[str, object] = {}
+    match action:
+        case "stop":
+            hold_s = random.choice((0.5, 3.0) if kind == "everything" else (0.5, 2.0, 7.0))
+        case "mask" | "drain":
+            hold_s = random.uniform(0.5, 4.0)
+        case "scale":
+            hold_s, (ranks, workers) = random.uniform(0.5, 4.0), random.choice(_SIZES)
+            detail = {"decode": ranks, "prefill": workers}
+        case "slow":
+            hold_s, detail = random.uniform(1.0, 6.0), {"factor": random.choice(_FACTORS)}
+        case "drop_network":
+            hold_s, (which, direction) = random.choice((1.0, 5.0)), random.choice(_CUTS)
+            detail = {"which": which, "direction": direction, "duration_s": hold_s}
+        case "kill in a round":
+            detail = {"rounds_ahead": random.randrange(1, 200)}
+        case _:
+            pass
+    return Fault(after_s, action, kind, pick, hold_s, tuple(detail.items()))

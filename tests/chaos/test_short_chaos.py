@@ -16,7 +16,13 @@ def test_a_seed_gives_one_schedule_and_seeds_differ() -> None:
     assert first == again != other
     faults = [fault for group in first for fault in group]
     assert {(fault.action, fault.kind) for fault in faults} >= {("kill", "decode"), ("stop", "monitor")}
-    assert {fault.action for fault in faults} == {*SIGNALS, *UNDONE_BY}
+    assert {fault.action for fault in faults} == {
+        *SIGNALS,
+        *UNDONE_BY,
+        "drop_network",
+        "corrupt_heap",
+        "kill in a round",
+    }
     assert {len(group) for group in first} == {1, 2}
 
 
