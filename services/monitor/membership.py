@@ -26,6 +26,7 @@ from common.config import ClusterConfig
 from common.ids import Epoch, Incarnation, ProcessId, Rank
 from common.messages import Heartbeat, Member, RollAnswer, RollCall, SlotLeft, View, VoidReport
 from services.monitor.actions import Outbox
+from services.monitor.deafness import Deafness
 from services.monitor.emptying import Emptying
 from services.monitor.failure_detector import FailureDetector, Suspect
 from services.monitor.fences import Fences
@@ -82,6 +83,8 @@ class Membership:
         self._outbox, self._clock = outbox, clock
         self._broken_paths = BrokenPaths()
         self._slow_ranks = SlowRanks(config.monitor, table, clock)
+        self._deafness = Deafness(config.monitor, table, outbox)
+        self._is_deaf = False
         self.roll_call: RollCallState | None = None
         self.term = 0
 
@@ -138,10 +141,11 @@ class Membership:
 
     def on_tick(self, now: float) -> None:
         self._fences.on_tick(now)
+        self._is_deaf = self._group.current is not None and self._deafness.look(self._group.current, now)
         self._remove_suspects(now)
         self._advance_roll_call(now)
         self._remove_slow(now)
-        if self.roll_call is None and (view := self._group.current):
+        if self.roll_call is None and not self._is_deaf and (view := self._group.current):
             for suspect in self._detector.stuck(view, now)[:1]:
                 self._call_roll(view.epoch, f"{self._name(suspect.process)}: {suspect.evidence}", now)
         self._joining.on_tick(now)
@@ -156,7 +160,7 @@ class Membership:
             if closed_at is not None and self._lifelines.is_cut(slot.process, now):
                 removals.append(Removal(slot.process, "lifeline closed", closed_at))
         if view := self._group.current:
-            suspects = self._detector.silent(view, now)
+            suspects = [] if self._is_deaf else self._detector.silent(view, now)
             suspects += [] if self._group.is_adopted else self._detector.behind(view, self._group.published_at, now)
             removals += [Removal(suspect.process, suspect.evidence, suspect.since) for suspect in suspects]
         removals += [Removal(s.process, s.evidence, s.since) for s in self._silent_joiners(now)]

@@ -196,6 +196,7 @@ async def test_a_monitor_cut_off_from_everybody_changes_nothing(several: Several
     without a monitor, and afterwards every rank is where it was."""
     host = several.hosts[0]
     before = await several.wait_status(lambda status: len(serving(status)) == 3)
+    seq = before["events"][-1]["seq"]
     rules = [
         f"input tcp dport {PORTS} ip saddr != {host.address}",
         f"output tcp sport {PORTS} ip daddr != {host.address}",
@@ -209,4 +210,5 @@ async def test_a_monitor_cut_off_from_everybody_changes_nothing(several: Several
 
     await several.stream_through(act)
     after = await several.wait_status(lambda status: len(serving(status)) == 3)
-    assert [entry["process"] for entry in after["ranks"]] == [entry["process"] for entry in before["ranks"]]
+    assert removed_since(after, seq) == []
+    assert [entry["incarnation"] for entry in after["ranks"]] == [entry["incarnation"] for entry in before["ranks"]]

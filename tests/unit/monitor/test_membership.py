@@ -102,6 +102,37 @@ def test_silence_removes_after_the_timeout_and_fences() -> None:
     assert (signal.process, signal.signal) == (puppets[0].process, "KILL")
 
 
+def test_when_nobody_is_heard_it_is_the_monitor_that_is_cut_off() -> None:
+    driver = Driver()
+    puppets = driver.form()
+    driver.enter("prefill", "prefill-0")
+    epoch, everybody = driver.epoch, list(driver.puppets.values())
+    for puppet in everybody:
+        puppet.is_beating = False
+    driver.advance(10 * CONFIG.monitor.heartbeat_timeout_s)
+    assert (driver.ranks, driver.epoch) == ([0, 1, 2], epoch)
+    assert driver.kinds().count("deaf") == 1
+    for puppet in reversed(everybody):  # one after the other: who is heard first makes nobody else suspect
+        puppet.is_beating = True
+        driver.advance(2.0)
+    driver.advance(12 * CONFIG.monitor.heartbeat_timeout_s)
+    assert (driver.ranks, driver.epoch) == ([0, 1, 2], epoch)
+    puppets[0].is_beating = False
+    driver.advance(CONFIG.monitor.heartbeat_timeout_s + 0.5)
+    assert driver.ranks == [1, 2]
+
+
+@pytest.mark.parametrize("heard", ["agent-0", "prefill-0", "decode-2"])
+def test_whoever_is_still_heard_shows_that_the_silent_are_gone(heard: str) -> None:
+    driver = Driver()
+    driver.form()
+    driver.enter("prefill", "prefill-0")
+    for puppet in driver.puppets.values():
+        puppet.is_beating = puppet.name == heard
+    driver.advance(CONFIG.monitor.heartbeat_timeout_s + 0.5)
+    assert driver.ranks == ([2] if heard == "decode-2" else [])
+
+
 def test_the_slot_of_a_fenced_process_waits_for_the_proof_and_another_number_is_given_out() -> None:
     driver = Driver()
     puppets = driver.form(4)
