@@ -8,7 +8,7 @@ import msgspec
 REPEAT_S = 0.1  # a fresh publisher loses its first messages, and repeats are harmless
 ACCEPT_S = 45.0  # for a monitor that is being started again
 _FINAL = ("done", "failed", "refused")
-_MARGIN_S = 5.0  # over the monitor's own deadline, so that it can say what is missing
+_MARGIN_S = 15.0  # over the monitor's own deadline, which late ticks put off: it shall say what is missing
 
 
 class FaultAnswers:

@@ -18,8 +18,8 @@ class FaultProofs:
         fault = pending.fault
         match fault.action:
             case "kill" | "term":
-                gone = self._table.gone.get(pending.process)
-                return f"pid {pending.pid} gone: {gone}" if gone else pending.word
+                end = self._table.gone.get(pending.process) or self._succession(pending.process, now)
+                return f"pid {pending.pid} gone: {end}" if end else pending.word
             case "restart":
                 return self._proof_of_restart(pending, now)
             case "scale":
@@ -39,6 +39,14 @@ class FaultProofs:
                 return pending.said.proof if pending.said and pending.said.ok else ""
             case _:
                 return pending.word
+
+    def _succession(self, process: ProcessId, now: float) -> str:
+        """Nobody reaps an agent for us: but its lifeline is closed, and another has its name."""
+        record = self._table.get(process)
+        if record is None or record.hello.kind != "agent" or self._table.is_live(record, now):
+            return ""
+        successor = self._table.by_name(record.hello.name, now)
+        return f"lifeline closed, and {record.hello.name} is pid {successor.hello.pid} now" if successor else ""
 
     def missing(self, pending: PendingFault) -> str:
         """For people, when the time for the proof is over."""

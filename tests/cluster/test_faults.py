@@ -144,3 +144,49 @@ async def test_with_a_prefill_worker_alive_decode_ranks_compute_no_prompt_tokens
     status = await cluster.fetch_status()
     assert [entry["prompt_tokens_computed"] for entry in status["ranks"]] == [0] * len(status["ranks"])
     assert sum(worker["prompt_tokens_computed"] for worker in status["prefill"]) > 0
+
+
+async def test_memory_that_must_not_be_trusted_is_never_used_again(cluster: Cluster, expected: list[Stream]) -> None:
+    before = _rank(await cluster.wait_status(lambda status: len(_serving(status)) == 4), 2)
+
+    async def corrupt(streams: list[Stream]) -> None:
+        await until_tokens(streams, 10)
+        proof = await asyncio.to_thread(cluster.inject, "corrupt_heap", rank=2)
+        assert "bytes of expert_weights (crc " in proof and "gone: signal KILL" in proof
+
+    _assert_same(await stream_all(cluster.url, [record.body for record in expected], corrupt), expected)
+    after = await cluster.wait_status(lambda status: len(_serving(status)) == 4)
+    assert before["heap"] not in [entry["heap"] for entry in after["ranks"]]
+
+
+async def test_a_rank_that_its_peers_do_not_hear_is_found_out(cluster: Cluster, expected: list[Stream]) -> None:
+    before = await cluster.wait_status(lambda status: len(_serving(status)) == 4)
+    victim = _rank(before, 1)
+
+    async def cut(streams: list[Stream]) -> None:
+        await until_tokens(streams, 10)
+        options = {"which": "peers", "direction": "out", "duration_s": 60}
+        proof = await asyncio.to_thread(cluster.inject, "drop_network", 1, None, **options)
+        assert "out of peers" in proof
+        await cluster.wait_status(lambda status: victim["process"] not in [e["process"] for e in status["ranks"]])
+
+    _assert_same(await stream_all(cluster.url, [record.body for record in expected], cut), expected)
+    after = await cluster.wait_status(lambda status: len(_serving(status)) == 4)
+    removed = [e for e in after["events"] if e["kind"] == "removed" and e["seq"] > before["events"][-1]["seq"]]
+    assert [event["process"] for event in removed] == [victim["process"]], "a healthy rank was removed"
+
+
+async def test_a_stop_at_a_round_happens_in_that_round_and_removes_nobody(
+    cluster: Cluster, expected: list[Stream]
+) -> None:
+    before = await cluster.wait_status(lambda status: len(_serving(status)) == 4)
+    at_round = max(entry["group_rounds"] for entry in before["ranks"]) + 40
+
+    async def stop(streams: list[Stream]) -> None:
+        await asyncio.to_thread(cluster.inject, "stop", rank=3, duration_s=0.3, at_round=at_round)
+
+    _assert_same(await stream_all(cluster.url, [record.body for record in expected], stop), expected)
+    after = await cluster.fetch_status()
+    done = next(e for e in reversed(after["events"]) if e["kind"] == "fault" and e["action"] == "stop")
+    assert at_round <= done["round"] < at_round + 200 and "state T" in done["proof"]
+    assert _rank(after, 3)["incarnation"] == _rank(before, 3)["incarnation"]

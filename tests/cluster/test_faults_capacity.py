@@ -26,10 +26,10 @@ from tests.cluster.harness import Cluster, outcome, processes_of, stream_all
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
 
-DEADLINE_S = 8.0
+DEADLINE_S = 20.0
 CONFIG = f"[router]\nrequest_deadline_s = {DEADLINE_S}\n"
 BARE = "[decode]\nnum_redundant_experts = 0\n"
-SPARE = "[decode]\nnum_redundant_experts = 12\n[agent]\ngive_up_after = 4\n"
+SPARE = "[decode]\nnum_redundant_experts = 12\n[agent]\ngive_up_after = 4\ngive_up_window_s = 600.0\n"
 
 
 @pytest.fixture(scope="module")

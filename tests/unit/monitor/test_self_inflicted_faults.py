@@ -166,6 +166,22 @@ def test_the_agent_stops_itself_for_a_time() -> None:
     assert driver.fault_status("p") == "done"
 
 
+def test_the_death_of_an_agent_is_proven_by_its_successor() -> None:
+    driver = Driver()
+    driver.form()
+    assert driver.fault("k", "kill", process="agent-0") == "accepted"
+    (signal,) = _agent(driver).got(Signal)
+    assert signal.process == _agent(driver).process, "it does it itself"
+    _agent(driver).is_beating = False
+    driver.close_lifeline(_agent(driver))
+    driver.advance(0.5)
+    assert driver.fault_status("k") == "accepted"
+    driver.enter("agent", "agent-0", "agent-0-b")
+    driver.advance(0.2)
+    assert driver.fault_status("k") == "done"
+    assert driver.last_event("fault")["proof"] == "pid 7 gone: lifeline closed, and agent-0 is pid 7 now"
+
+
 def test_options_are_read() -> None:
     payload = b"\x87\xa4type\xa5fault\xa2id\xa1n\xa6action\xacdrop_network\xa4rank\x01"
     payload += b"\xa5which\xa5peers\xa9direction\xa3out\xaaduration_s\x05"
