@@ -86,8 +86,6 @@ def dispatch_kernel(
     k = tl.arange(0, KP)
     void = status(flags, MODE)
     step = tl.load(ctl + step_in) + 1
-    me = tl.load(ctl + TABLE + rank)
-    deadline_ns, floor = wait_limits(ctl, DEADLINE_NS, MODE)
     peers = peers_of(flags, rank, j, W, MODE)
     bad = void * 0
     item = pid
@@ -155,6 +153,8 @@ def dispatch_kernel(
     arrived = arrive(flags, void + bad, num_programs)
     if arrived == 1:
         publish(ctl, peers, step, WORDS + rank * 16, j)
+        me = tl.load(ctl + TABLE + rank)
+        deadline_ns, floor = wait_limits(ctl, DEADLINE_NS, MODE)
         await_words(me, WORDS, 2, deadline_ns, floor, peers, step, ctl, flags, rank, j, True, W, POISON, MODE, False)
     if (arrived == 2) & (void == CLEAN):
         mark_void(flags, VOID_ROUTING)
