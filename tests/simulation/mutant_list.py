@@ -139,6 +139,7 @@ MUTANTS = (
                 "is Fate.FENCE:\n                self._slots.free(slot, now, removal.evidence)\n",
             ),
         ),
+        by_test="tests/unit/monitor/test_membership.py",
     ),
     Mutant(
         "a-void-round-without-a-new-view",
@@ -403,5 +404,4 @@ QUICK = (
     "commit-before-the-status-word",
     "doubled-tokens-are-taken",
     "a-gap-is-not-seen",
-    "a-slot-given-out-before-its-process-is-gone",
 )
