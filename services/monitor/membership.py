@@ -154,13 +154,16 @@ class Membership:
         self._group.on_tick(now)
 
     def _remove_suspects(self, now: float) -> None:
+        """A cut network closes lifelines and delays adoption too; deaths that agents have seen come another way."""
+        if self._is_deaf:
+            return
         removals = []
         for slot in self._slots.in_state(SlotState.HELD):
             closed_at = self._lifelines.closed_at(slot.process)
             if closed_at is not None and self._lifelines.is_cut(slot.process, now):
                 removals.append(Removal(slot.process, "lifeline closed", closed_at))
         if view := self._group.current:
-            suspects = [] if self._is_deaf else self._detector.silent(view, now)
+            suspects = self._detector.silent(view, now)
             suspects += [] if self._group.is_adopted else self._detector.behind(view, self._group.published_at, now)
             removals += [Removal(suspect.process, suspect.evidence, suspect.since) for suspect in suspects]
         removals += [Removal(s.process, s.evidence, s.since) for s in self._silent_joiners(now)]

@@ -210,5 +210,6 @@ async def test_a_monitor_cut_off_from_everybody_changes_nothing(several: Several
 
     await several.stream_through(act)
     after = await several.wait_status(lambda status: len(serving(status)) == 3)
-    assert removed_since(after, seq) == []
+    told = [f"{e['kind']}: {e.get('evidence', e.get('reason'))}" for e in after["events"] if e["seq"] > seq]
+    assert removed_since(after, seq) == [], "\n".join(told)
     assert [entry["incarnation"] for entry in after["ranks"]] == [entry["incarnation"] for entry in before["ranks"]]
