@@ -91,6 +91,7 @@ class EpochState:
         self._floor = 0
         self._n = 0
         self._observed = [0] * max_ranks
+        self._unheard: tuple[int, ...] = ()
         self._routable_W = np.zeros(max_ranks, dtype=bool)
         self._masked_W = np.ones(max_ranks, dtype=bool)
 
@@ -105,6 +106,14 @@ class EpochState:
         Evidence, not an accusation. May be read from any thread.
         """
         return self._wait.missing
+
+    @property
+    def unheard(self) -> tuple[int, ...]:
+        """Ranks whose word was missing when something else than an own deadline ended a wait of this epoch: for the
+        roll call. Of a wait without a deadline also when a peer's poison ended it, less those who sent that poison:
+        they wait for somebody themselves.
+        """
+        return self._unheard
 
     def wait_ns_by_source(self) -> torch.Tensor:
         """int64 [W]: nanoseconds that this rank has waited for each slot since this object was made. From any thread.
@@ -157,7 +166,7 @@ class EpochState:
         self.epoch, self._floor, self._n = epoch, floor, 0
         self.digest = digest
         self.status, self.void_reason = CLEAN, None
-        self._wait.missing = ()
+        self._wait.missing = self._unheard = ()
         self._observed = [0] * len(self._observed)
         self._masked_W[:] = True
         self._masked_W[list(self.members)] = False
@@ -223,6 +232,10 @@ class EpochState:
                 self._masked_W[list(self._wait.missing)] = True
                 self.members = tuple(np.flatnonzero(~self._masked_W).tolist())
                 return True
+        if end in (WaitEnd.HOST_POISON, WaitEnd.STOPPED):
+            self._unheard = self._wait.missing
+        elif end is WaitEnd.PEER_POISON and deadline_s is None:
+            self._unheard = tuple(rank for rank in self._wait.missing if self._own.poison[rank] < self._floor)
         self._void(VoidReason(end.value))
         if self.elastic is ElasticMode.OFF:
             raise LateRanksError(

@@ -39,7 +39,6 @@ from common.pace import Pace
 from common.self_faults import SelfFaults
 from common.service_runner import for_the_operator
 from common.view import ranks
-from kernels.epoch_state import VoidReason
 from services.decode import actions
 from services.decode.actions import Action, Send
 from services.decode.batch_scheduler import BatchScheduler
@@ -438,12 +437,13 @@ class Stream:
         self._say_all(self._faults.on_round(own_s, work_s))
 
     def _accused(self) -> tuple[int, ...]:
-        """Who missed an own deadline. The wait for headers has none: there it is who was missing when a roll call (or
-        another word of the host) ended it. Otherwise a path that is broken between rounds would never be told of."""
+        """Who missed an own deadline. The wait for headers has none: there it is who was missing when a roll call, or
+        the poison of one who has a deadline, ended it. Otherwise a path that is broken between rounds would never be
+        told of, and the rank that is ahead of both its ends would be the only one to miss anybody."""
         group = self._engine.group if self._engine else None
-        if group is not None and group.void_reason in (VoidReason.STOPPED, VoidReason.HOST_POISON):
-            return group.missing
-        return tuple(group.observation_mask().nonzero().flatten().tolist()) if group else ()
+        if group is None:
+            return ()
+        return group.unheard or tuple(group.observation_mask().nonzero().flatten().tolist())
 
     def _send(self, sends: Sequence[Send]) -> None:
         if sends:

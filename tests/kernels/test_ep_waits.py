@@ -82,6 +82,20 @@ def test_who_waits_for_the_dead_is_not_accused_by_those_ahead(heap_dir: Path) ->
         assert (behind.void_reason, observed(behind)) == (VoidReason.DEADLINE, [0, 0, 1, 0])
 
 
+def test_a_wait_for_headers_that_poison_ends_tells_whom_it_had_not_heard(heap_dir: Path) -> None:
+    """The path from rank 2 to rank 1 broke between two rounds. Rank 0 hears both, is one operation ahead, and so the
+    only one with a deadline: without this only healthy paths would be accused (simulation, seeds 613 and 1178)."""
+    with local_group(heap_dir, 3, deadline_s=5.0, manual=[1]) as cluster:
+        cluster.enter(1, MEMBERS)
+        group = cluster.ranks[1]
+        heap_of(cluster, 1).poison[0] = group.step
+        assert group.allgather([0]) is None
+        assert (group.void_reason, group.missing) == (VoidReason.PEER_POISON, (0, 2))
+        assert (group.unheard, observed(group)) == ((2,), [0, 0, 0, 0])
+        group.adopt(2, [1], 0)
+        assert group.unheard == ()
+
+
 def test_several_dead_ranks_are_all_accused_a_little_later(heap_dir: Path) -> None:
     with local_group(heap_dir, 3, deadline_s=5.0, manual=[0]) as cluster:
         cluster.enter(1, MEMBERS)

@@ -184,14 +184,14 @@ class Hang:
         engine = group.ranks[rank].stream._engine
         assert engine is not None and engine.group is not None
         combine, self._left = engine.group.combine, after
-        engine.group.combine = lambda *args: self._pass(combine, args)  # type: ignore[method-assign]
+        engine.group.combine = lambda *args, **options: self._pass(combine, args, options)  # type: ignore[method-assign]
 
-    def _pass(self, combine: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def _pass(self, combine: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         self._left -= 1
         if self._left == 0:
             self.reached.set()
             assert self._resume.wait(60)
-        return combine(*args)
+        return combine(*args, **options)
 
     def resume(self) -> None:
         self._resume.set()

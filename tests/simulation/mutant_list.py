@@ -239,13 +239,8 @@ MUTANTS = (
         (
             (
                 "services/decode/stream.py",
-                "if group is not None and group.void_reason in (VoidReason.STOPPED, VoidReason.HOST_POISON):",
-                "if group is None:",
-            ),
-            (
-                "services/decode/stream.py",
-                "            return group.missing\n        return tuple(",
-                "            return ()\n        return tuple(",
+                "return group.unheard or tuple(",
+                "return tuple(",
             ),
         ),
     ),
