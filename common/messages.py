@@ -10,7 +10,7 @@ Who sends what:
                          PlacementPlan Injected
     monitor -> process   Welcome Refusal HeartbeatReply Prepare View RollCall Directory Status Signal SetChildren
                          StagePlacement Inject
-    router  -> prefill   Prefill Abort AskPrefill          prefill -> router   PrefillDone PrefillQueued Refused
+    router  -> prefill   Prefill Abort AskPrefill          prefill -> router   PrefillDone PrefillQueued Refused Unknown
     router  -> decode    Announce Have Abort Release       decode  -> router   TokenBatch Unknown Refused
     prefill -> decode    KvPart KvHandoff (+ KV frames)    decode  -> decode   Wake View
     bus                  topics ``view`` (View, Directory), ``load`` (ExpertLoad), ``plan`` (PlacementPlan),
