@@ -238,10 +238,12 @@ class Membership:
         members = [member for member in self._group.members if member.process not in processes]
         prepared = self._group.prepared
         touched = len(members) < len(self._group.members)
-        if touched or (prepared and prepared.base and any(m.process in processes for m in prepared.view.members)):
+        joins = prepared and prepared.base and any(m.process in processes for m in prepared.view.members)
+        # A roll call ends in a new view anyway; one made earlier only because of a newcomer would keep the silent.
+        if touched or (joins and self.roll_call is None):
             reason = "; ".join(f"without rank {fields['rank']}: {fields['evidence']}" for fields in told)
             self._publish(members, reason, now, evidence=told)
-        elif prepared and any(process in processes for process in prepared.newcomers):
+        elif not joins and prepared and any(process in processes for process in prepared.newcomers):
             self._joining.form_again(now)
 
     def _publish(self, members: list[Member], reason: str, now: float, **evidence: object) -> None:

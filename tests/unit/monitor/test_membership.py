@@ -530,6 +530,24 @@ def test_a_newcomer_that_dies_is_dropped_by_a_higher_number() -> None:
     assert driver.epoch > prepared and driver.ranks == [0, 1]
 
 
+def test_a_newcomer_that_dies_during_a_roll_call_does_not_end_it() -> None:
+    """A view made for it would keep the silent one until its adoption is overdue (simulation, seed 2052)."""
+    driver = Driver()
+    puppets = driver.form()
+    driver.exited(puppets[2])
+    driver.advance(0.3)
+    puppets[0].follows = puppets[1].follows = puppets[1].answers_roll_calls = False
+    newcomer = driver.enter("decode", "decode-2", "decode-2-b")
+    driver.advance(0.3)
+    assert newcomer.view is not None
+    epoch, prepared = driver.epoch, newcomer.view.epoch
+    driver.void(puppets[0])
+    driver.exited(newcomer)
+    assert driver.epoch == epoch
+    driver.advance(CONFIG.monitor.roll_call_s + 0.2)
+    assert driver.ranks == [0] and driver.epoch > prepared
+
+
 def test_a_newcomer_that_never_gets_ready_is_fenced() -> None:
     driver = Driver()
     puppets = driver.form()
