@@ -32,16 +32,21 @@ SHELLS = (
     "services/*/__main__.py",
     "services/*/service.py",
     "services/*/stream.py",
+    "services/decode/stream_inbox.py",
+    "services/router/cluster_links.py",
     "services/router/http_*.py",
     "services/cli/**",
 )
 # Tensor work: torch and kernels allowed, everything else as in a pure file.
 COMPUTE = (
     "common/model/*",
+    "services/decode/configured_rank.py",
     "services/decode/elastic_exchange.py",
     "services/decode/expert_slots.py",
     "services/decode/rank_engine.py",
     "services/decode/rank_heap.py",
+    "services/decode/rank_life.py",
+    "services/decode/rounds.py",
     "services/decode/staging.py",
     "services/prefill/prefill_engine.py",
 )

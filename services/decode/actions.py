@@ -98,18 +98,6 @@ class WakeMembers:
     endpoints: tuple[str, ...]
 
 
-Action = (
-    Send
-    | Tell
-    | ForwardView
-    | SayHello
-    | OpenSlot
-    | CloseSlot
-    | PoisonMembers
-    | MapHeaps
-    | LoadExperts
-    | StageExperts
-    | Announce
-    | Adopt
-    | WakeMembers
-)
+# For the memory of this rank itself (`rank_life`); all others leave the process.
+OwnAction = OpenSlot | CloseSlot | PoisonMembers | MapHeaps | LoadExperts | StageExperts | Announce | Adopt
+Action = Send | Tell | ForwardView | SayHello | WakeMembers | OwnAction

@@ -1,15 +1,18 @@
-"""One HTTP request between the router core, which delivers tokens, and the handler, which waits for text."""
+"""HTTP requests between the router core, which delivers tokens, and the handlers, which wait for text."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
 
-from common.ids import RequestId
+from common.ids import RequestId, make_request_id
 from common.metrics import RouterMetrics
 from services.router.api_error import ApiError
 from services.router.request_actions import Deliver
 from services.router.text_stream import TextDelta, TextStream
+
+_QUIET_S = 0.2
 
 # Bounded by max_tokens: there is at most one entry for each token of each choice.
 Outbox = asyncio.Queue[tuple[int, TextDelta | ApiError]]
@@ -96,3 +99,50 @@ class Generations:
         for choice in self._choices:
             choice.cancel()
             self._on_close(choice.id)
+
+
+class OpenGenerations:
+    """All that are open in this router. ``nonce`` sets its requests apart from those of others."""
+
+    def __init__(self, nonce: int) -> None:
+        self._nonce, self._num_ids = nonce, 0
+        self._open: dict[RequestId, Generation] = {}
+        self._none = asyncio.Event()  # set while none is open
+        self._none.set()
+
+    def new_id(self) -> RequestId:
+        self._num_ids += 1
+        return make_request_id(self._nonce, self._num_ids)
+
+    def add(self, generation: Generation) -> None:
+        self._open[generation.id] = generation
+        self._none.clear()
+
+    def get(self, id: RequestId) -> Generation | None:
+        return self._open.get(id)
+
+    def remove(self, id: RequestId) -> None:
+        self._open.pop(id, None)
+        if not self._open:
+            self._none.set()
+
+    def fail_all(self, error: ApiError) -> None:
+        for generation in list(self._open.values()):
+            generation.fail(error)
+
+    async def wait_until_none(self, seconds: float) -> None:
+        """Returns after ``seconds`` all the same."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._none.wait()
+
+    async def wait_until_quiet(self, seconds: float) -> None:
+        """None open, and none again for as long as a client needs to send its next request. Returns after ``seconds``
+        all the same."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                num_ids = -1
+                while num_ids != self._num_ids:
+                    num_ids = self._num_ids
+                    await self._none.wait()
+                    await asyncio.sleep(_QUIET_S)

@@ -5,7 +5,6 @@ links, monitor, bus --messages--> table --actions--> generations --> HTTP handle
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
@@ -19,33 +18,34 @@ import zmq.asyncio
 from common.admin_token import VARIABLE, read_admin_token
 from common.bus import BusSubscriber
 from common.config import ClusterConfig
-from common.ids import Epoch, ProcessId, RequestId, make_process_id, make_request_id
+from common.ids import ProcessId, RequestId, make_process_id
 from common.messages import AskStatus, Directory, Heartbeat, Hello, Message, Status, View, Welcome
-from common.metrics import render, router_metrics
+from common.metrics import router_metrics
 from common.monitor_client import MonitorClient
 from common.network_cut import NetworkCut
-from common.placement_metrics import PlacementMetrics
 from common.process_args import ProcessArgs
 from common.service_runner import event_of_signal, first_of, for_the_operator
-from common.transport import Link, open_context
+from common.transport import open_context
 from services.router.admission import RETRY_AFTER_OUTAGE_S, RETRY_AFTER_S, Admission
 from services.router.api_error import ApiError
 from services.router.choices import Choice
+from services.router.cluster_links import ClusterLinks
 from services.router.http_admin import AdminApi
 from services.router.http_api import make_runner
 from services.router.http_cluster import ClusterStatus
-from services.router.http_generation import Generation, Generations, Outbox
+from services.router.http_generation import Generation, Generations, OpenGenerations, Outbox
 from services.router.http_port import SharedPort
+from services.router.known_cluster import KnownCluster
 from services.router.request_actions import Action, Deliver, Fail, Replaced, Send
 from services.router.request_table import RequestTable
 from services.router.served_model import ServedModel, load_served_model
+from services.router.shown_metrics import ShownMetrics
 from services.router.text_stream import TextStream
 
 _TICK_S = 0.05
 _ANY = "0.0.0.0"
 SUCCESSOR_S = 15.0  # a router that is replaced serves on until the next one listens
 _ACCEPT_S = 0.2  # for connections whose first packet came before the port was left: a few round trips
-_QUIET_S = 0.2
 # After the drain: time to write what is left to the clients.
 _LAST_WORDS_S = 1.0
 
@@ -68,28 +68,22 @@ class Router:
     def __init__(self, args: ProcessArgs, context: zmq.asyncio.Context) -> None:
         self._args, self._context = args, context
         self._process = args.process_id or make_process_id(args.name, secrets.randbits(64))
-        self._nonce, self._num_requests = secrets.randbits(64), 0
         self._metrics = router_metrics()
-        self._placement_metrics = PlacementMetrics(self._metrics.registry)
+        self._shown_metrics = ShownMetrics(self._metrics)
         self._config = ClusterConfig()
         self._admission = Admission(self._config.router)
         self._table = RequestTable(self._process, self._config)
         self._model: ServedModel | None = None
-        self._view: View | None = None
-        self._directory: Directory | None = None
-        self._generations: dict[RequestId, Generation] = {}
+        self._known = KnownCluster()
+        self._generations = OpenGenerations(nonce=secrets.randbits(64))
         self._welcomed = asyncio.Event()
         self._is_leaving = False
-        self._idle = asyncio.Event()  # set while there are no generations
-        self._idle.set()
-        self._links: dict[ProcessId, tuple[Link, asyncio.Task[None]]] = {}
         self._status = ClusterStatus(lambda number: self._client.send(AskStatus(self._process, number)))
-        # For counters that only grow: what they have been given, and what closed links had counted.
-        self._num_stale = self._num_malformed = self._num_malformed_counted = 0
         self._counters: dict[str, int] = {}
         self._endpoint = ""
         self._tasks = asyncio.TaskGroup()
         self._network = NetworkCut()
+        self._links = ClusterLinks(context, self._process, self._network, self._tasks, self._on_peer_message)
         self._client = MonitorClient(
             context,
             self._process,
@@ -128,8 +122,9 @@ class Router:
                     if not stop.is_set() and not await port.wait_for_others(SUCCESSOR_S):
                         log.warning("no other router listens on port %d", port.number)
                 await self._leave(port)
-                for task in [*tasks, *(task for _, task in self._links.values())]:
+                for task in tasks:
                     task.cancel()
+                self._links.cancel()
         finally:
             await runner.cleanup()
 
@@ -162,13 +157,11 @@ class Router:
         return Generations(generations, outbox, self._on_generation_closed)
 
     def _open(self, index: int, choice: Choice, stops: tuple[str, ...], outbox: Outbox, now: float) -> Generation:
-        self._num_requests += 1
-        id = make_request_id(self._nonce, self._num_requests)
+        id = self._generations.new_id()
         sampling = choice.sampling
         text = TextStream(self.model().detokenizer(), stops, sampling.min_tokens)
         generation = Generation(id, index, text, outbox, self._metrics, now)
-        self._generations[id] = generation
-        self._idle.clear()
+        self._generations.add(generation)
         self._metrics.prompt_tokens.inc(len(choice.prompt.ids))
         self._perform(self._table.on_submit(id, choice.prompt.ids, sampling, now), now)
         return generation
@@ -197,17 +190,7 @@ class Router:
         return self._table.snapshot()
 
     def render_metrics(self, placement: Mapping[str, Any]) -> bytes:
-        self._placement_metrics.show(placement)
-        self._metrics.requests_running.set(self._table.num_running)
-        self._metrics.requests_waiting.set(len(self._table) - self._table.num_running)
-        self._metrics.epoch.set(self._table.epoch)
-        self._metrics.stale_tokens.inc(self._table.num_stale_tokens - self._num_stale)
-        self._num_stale = self._table.num_stale_tokens
-        num_malformed = self._num_malformed + sum(link.num_malformed for link, _ in self._links.values())
-        self._metrics.dropped_messages.inc(num_malformed - self._num_malformed_counted)
-        self._num_malformed_counted = num_malformed
-        self._metrics.ranks.labels(state="serving").set(self._table.num_ranks)
-        return render(self._metrics.registry)
+        return self._shown_metrics.render(self._table, self._links.num_malformed, placement)
 
     # What the cluster says.
 
@@ -220,7 +203,7 @@ class Router:
         return Heartbeat(
             self._process,
             term=self._client.term,
-            epoch=self._view.epoch if self._view else Epoch(0),
+            epoch=self._known.epoch,
             state="draining" if self._is_leaving else "starting" if self._model is None else "up",
             counters=self._counters,
         )
@@ -253,22 +236,16 @@ class Router:
         """Links to newcomers open before the table hears of them; links to the gone close after its last words."""
         if self._model is None:
             return  # a welcome comes first, and repeats all of this
+        if not self._known.take(message):
+            return
         now = time.monotonic()
+        self._links.open(self._known.addresses())
         if isinstance(message, View):
-            if self._view is not None and message.epoch <= self._view.epoch:
-                return
-            self._view = message
-            self._open_links()
             log.info("view %d: ranks %s (%s)", message.epoch, [m.rank for m in message.members], message.reason)
             self._perform(self._table.on_view(message, now), now)
         else:
-            known = self._directory
-            if known is not None and (message.term, message.version) <= (known.term, known.version):
-                return
-            self._directory = message
-            self._open_links()
             self._perform(self._table.on_directory(message, now), now)
-        self._close_links()
+        self._links.keep_only(self._known.addresses())
 
     async def _follow_bus(self) -> None:
         while True:
@@ -276,32 +253,9 @@ class Router:
             if isinstance(message, View | Directory) and self._client.accepts(message):
                 self._on_membership(message)
 
-    def _addresses(self) -> dict[ProcessId, str]:
-        addresses: dict[ProcessId, str] = {}
-        if self._view:
-            addresses |= {member.process: member.endpoint for member in self._view.members}
-        if self._directory:
-            addresses |= {worker.process: worker.endpoint for worker in self._directory.of_kind("prefill")}
-        return {process: address for process, address in addresses.items() if address}
-
-    def _open_links(self) -> None:
-        for process, address in self._addresses().items():
-            if process not in self._links:
-                link = Link(self._context, self._process, address, self._network)
-                self._links[process] = (link, self._tasks.create_task(self._receive(process, link)))
-
-    def _close_links(self) -> None:
-        for process in self._links.keys() - self._addresses().keys():
-            link, task = self._links.pop(process)
-            task.cancel()
-            self._num_malformed += link.num_malformed
-            link.close()
-
-    async def _receive(self, process: ProcessId, link: Link) -> None:
-        while True:
-            message, _ = await link.receive()
-            now = time.monotonic()
-            self._perform(self._table.on_message(process, message, now), now)
+    def _on_peer_message(self, process: ProcessId, message: Message) -> None:
+        now = time.monotonic()
+        self._perform(self._table.on_message(process, message, now), now)
 
     # What the core decides.
 
@@ -309,8 +263,7 @@ class Router:
         for action in actions:
             match action:
                 case Send(peer, message):
-                    if peer in self._links:
-                        self._links[peer][0].send(message)
+                    self._links.send(peer, message)
                 case Deliver(request):
                     self._deliver(request, action, now)
                 case Replaced(request, attempt, reason):
@@ -331,9 +284,7 @@ class Router:
             self._perform(self._table.on_client_gone(request, now), now)
 
     def _on_generation_closed(self, request: RequestId) -> None:
-        self._generations.pop(request, None)
-        if not self._generations:
-            self._idle.set()
+        self._generations.remove(request)
         now = time.monotonic()
         self._perform(self._table.on_client_gone(request, now), now)
 
@@ -352,23 +303,7 @@ class Router:
         left then is told so and aborted."""
         self._is_leaving = True
         await port.leave(_ACCEPT_S)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._config.router.drain_s):
-                await self._until_quiet()
+        await self._generations.wait_until_quiet(self._config.router.drain_s)
         self._admission.draining = True
-        for generation in list(self._generations.values()):
-            generation.fail(ApiError(503, "this router was shut down", retry_after_s=RETRY_AFTER_S))
-        await self._wait_until_idle(_LAST_WORDS_S)
-
-    async def _until_quiet(self) -> None:
-        """No streams, and none again for as long as a client needs to send its next request."""
-        num_requests = -1
-        while num_requests != self._num_requests:
-            num_requests = self._num_requests
-            await self._idle.wait()
-            await asyncio.sleep(_QUIET_S)
-
-    async def _wait_until_idle(self, seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._idle.wait()
+        self._generations.fail_all(ApiError(503, "this router was shut down", retry_after_s=RETRY_AFTER_S))
+        await self._generations.wait_until_none(_LAST_WORDS_S)

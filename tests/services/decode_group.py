@@ -42,6 +42,7 @@ from common.model.sampling import sample
 from common.placement import initial_placement, num_local_experts
 from services.decode import actions
 from services.decode.actions import Action
+from services.decode.rank_engine import RankEngine
 from services.decode.rank_heap import heap_name
 from services.decode.stream import Stream
 
@@ -126,6 +127,11 @@ class RankUnderTest:
     told: list[Message] = field(default_factory=list)
     batches: list[TokenBatch] = field(default_factory=list)
     ended: list[BaseException | None] = field(default_factory=list)
+
+    @property
+    def engine(self) -> RankEngine:
+        assert self.stream._rank is not None
+        return self.stream._rank.engine
 
     def member(self, rank: int) -> Member:
         heap = self.heap_dir / heap_name(self.process, self.stream.status.life)

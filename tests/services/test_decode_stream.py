@@ -74,8 +74,7 @@ def test_ranks_compute_prompts_with_the_bits_of_a_prefill_worker(tmp_path: Path)
 def test_decoding_goes_on_while_a_prompt_is_computed(tmp_path: Path) -> None:
     with decode_group(2, tmp_path) as group:
         group.form(2)
-        engine = group.ranks[0].stream._engine
-        assert engine is not None
+        engine = group.ranks[0].engine
         rows, compute = list[list[int]](), engine.compute
 
         def watched(steps: Sequence[Step]) -> list[Computed] | None:
@@ -120,8 +119,8 @@ def test_reduced_combine_is_equal_up_to_rounding(tmp_path: Path) -> None:
     decode = replace(tiny_config(3).decode, combine="reduced", num_redundant_experts=0)
     with decode_group(3, tmp_path, replace(tiny_config(3), decode=decode)) as group:
         group.form(3)
-        engine = group.ranks[0].stream._engine
-        assert engine is not None and engine._exchange is not None and not engine._exchange._ordered
+        engine = group.ranks[0].engine
+        assert engine._exchange is not None and not engine._exchange._ordered
         requests = [replace_temperature(request) for request in prompts(4, max_tokens=6)]
         submit_all(group, requests, 3)
         group.await_outputs(requests)
@@ -164,8 +163,8 @@ def test_a_rank_computes_with_the_experts_of_others(tmp_path: Path) -> None:
     config: ClusterConfig = msgspec.structs.replace(tiny_config(2), decode=decode)
     with decode_group(2, tmp_path, config) as group:
         group.form(2)
-        engine = group.ranks[1].stream._engine
-        assert engine is not None and engine._slots is not None
+        engine = group.ranks[1].engine
+        assert engine._slots is not None
         with torch.inference_mode():
             engine._slots.rows.weights_NF.mul_(-1.0)
         requests = prompts(2)
@@ -181,8 +180,8 @@ class Hang:
 
     def __init__(self, group: Group, rank: int, after: int) -> None:
         self.reached, self._resume = threading.Event(), threading.Event()
-        engine = group.ranks[rank].stream._engine
-        assert engine is not None and engine.group is not None
+        engine = group.ranks[rank].engine
+        assert engine.group is not None
         combine, self._left = engine.group.combine, after
         engine.group.combine = lambda *args, **options: self._pass(combine, args, options)  # type: ignore[method-assign]
 
@@ -302,8 +301,8 @@ def test_loading_experts_is_progress(tmp_path: Path) -> None:
     with decode_group(2, tmp_path, config) as group:
         group.form(2)
         made = group.ranks[0]
-        engine = made.stream._engine
-        assert engine is not None and engine._slots is not None
+        engine = made.engine
+        assert engine._slots is not None
         read, seen = engine._slots._read_expert, list[int]()
 
         def watched(layer: int, expert: int, row: torch.Tensor) -> None:
@@ -323,8 +322,7 @@ def test_a_rank_that_hears_nobody_leaves_also_while_it_waits_for_headers(tmp_pat
     config: ClusterConfig = msgspec.structs.replace(tiny_config(2), decode=decode)
     with decode_group(2, tmp_path, config) as group:
         group.form(2)
-        engine = group.ranks[1].stream._engine
-        assert engine is not None
+        engine = group.ranks[1].engine
         exchange, resume = engine.exchange_headers, threading.Event()
 
         def hang(*args: Any) -> Any:
@@ -342,8 +340,7 @@ def test_tokens_of_a_void_round_are_thrown_away(tmp_path: Path) -> None:
     with decode_group(2, tmp_path) as group:
         group.form(2)
         made = group.ranks[0]
-        engine = made.stream._engine
-        assert engine is not None
+        engine = made.engine
         compute, num_left = engine.compute, 4
 
         def void_once(steps: Sequence[Step]) -> list[Computed] | None:
@@ -370,10 +367,11 @@ def test_tokens_of_a_void_round_are_thrown_away(tmp_path: Path) -> None:
 def test_a_group_without_work_rests(tmp_path: Path) -> None:
     with decode_group(2, tmp_path) as group:
         group.form(2)
-        before = group.ranks[0].stream.num_rounds
+        before = group.ranks[0].stream.counters()["rounds"]
         until = group.now() + 0.5
         group.wait_until(lambda: group.now() > until)
-        assert 1 <= group.ranks[0].stream.num_rounds - before <= 50, "about one round each idle_poll_s (50 ms)"
+        num_rounds = group.ranks[0].stream.counters()["rounds"] - before
+        assert 1 <= num_rounds <= 50, "about one round each idle_poll_s (50 ms)"
 
 
 def test_formation_begins_anew_when_one_dies_in_it(tmp_path: Path) -> None:

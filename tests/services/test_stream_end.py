@@ -29,7 +29,8 @@ def test_a_failure_while_the_life_ends_is_told(tmp_path: Path, turn_fails: bool)
         stream._membership = SimpleNamespace(state=RankState.STOPPED)  # type: ignore[assignment]
 
     stream = Stream(ProcessId("decode-0-a"), tmp_path, emit=lambda out: None, on_end=on_end)
-    stream._engine = SimpleNamespace(end_life=end_life, group=None)  # type: ignore[assignment]
+    engine = SimpleNamespace(end_life=end_life, group=None)
+    stream._rank = SimpleNamespace(engine=engine)  # type: ignore[assignment]
     stream._turn = turn  # type: ignore[method-assign]
     stream.start()
     assert ended.wait(20.0) and stream.join(20.0)

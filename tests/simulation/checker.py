@@ -127,8 +127,8 @@ class Checker:
         if (view := membership.view) is not None:
             self._note_view(view)
             self.on_epoch(f"{node.process}/{membership.incarnation}", view.epoch)
-        if node.stream._delivery is not None:
-            node.stream._delivery.check_invariants()
+        if node.stream._rank is not None:
+            node.stream._rank.delivery.check_invariants()
 
     def on_epoch(self, observer: str, epoch: int) -> None:
         """``observer``: a process, or a rank's life in one incarnation."""
@@ -263,7 +263,8 @@ class Checker:
 
     def _leaks(self) -> str:
         for node in self._world.of_kind("decode"):
-            scheduler = node.stream._scheduler if isinstance(node, DecodeNode) else None
+            rank = node.stream._rank if isinstance(node, DecodeNode) else None
+            scheduler = rank.scheduler if rank else None
             if scheduler and (scheduler.num_running or scheduler.num_waiting or scheduler.blocks.num_used):
                 return f"{node.process} still has {scheduler.num_running} running, {scheduler.num_waiting} waiting"
         for node in self._world.of_kind("prefill"):

@@ -238,7 +238,7 @@ MUTANTS = (
         "who-was-missing-at-a-roll-call-is-not-told",
         (
             (
-                "services/decode/stream.py",
+                "services/decode/rounds.py",
                 "return group.unheard or tuple(",
                 "return tuple(",
             ),

@@ -1,8 +1,9 @@
 """The router's shell without HTTP, and the clients behind it."""
 
 from common.config import ClusterConfig
-from common.ids import Epoch, ProcessId, RequestId, make_request_id
+from common.ids import ProcessId, RequestId, make_request_id
 from common.messages import Directory, Heartbeat, Hello, Message, Sampling, View, Welcome
+from services.router.known_cluster import KnownCluster
 from services.router.request_actions import Action, Deliver, Fail, Replaced, Send
 from services.router.request_table import RequestTable
 from tests.simulation.client import ClientNode
@@ -19,8 +20,7 @@ class RouterNode(ClientNode):
         super().__init__(world, name, process)
         self._nonce, self._num_requests = world.random.getrandbits(64), 0
         self.table: RequestTable | None = None
-        self._view: View | None = None
-        self._directory: Directory | None = None
+        self._known = KnownCluster()
         self._waiting: list[tuple[tuple[int, ...], int]] = []  # clients from before the welcome
         self._links: set[ProcessId] = set()
         self.later(_TICK_S, self._tick)
@@ -29,8 +29,7 @@ class RouterNode(ClientNode):
         return Hello(self.process, "router", self.name, "h", 1, "", "agent-0")
 
     def heartbeat(self) -> Heartbeat:
-        epoch = self._view.epoch if self._view else Epoch(0)
-        return Heartbeat(self.process, term=self.obedience.term, epoch=epoch)
+        return Heartbeat(self.process, term=self.obedience.term, epoch=self._known.epoch)
 
     def submit(self, prompt: tuple[int, ...], max_tokens: int) -> None:
         if self.table is None:
@@ -84,28 +83,15 @@ class RouterNode(ClientNode):
             self.submit(prompt, max_tokens)
 
     def _on_membership(self, message: View | Directory) -> None:
-        if self.table is None:
+        if self.table is None or not self._known.take(message):
             return
         now = self.world.now
+        self._links |= self._known.addresses().keys()
         if isinstance(message, View):
-            if self._view is not None and message.epoch <= self._view.epoch:
-                return
-            self._view = message
-            self._links |= self._addressed()
             self._perform(self.table.on_view(message, now))
         else:
-            known = self._directory
-            if known is not None and (message.term, message.version) <= (known.term, known.version):
-                return
-            self._directory = message
-            self._links |= self._addressed()
             self._perform(self.table.on_directory(message, now))
-        self._links = self._addressed()
-
-    def _addressed(self) -> set[ProcessId]:
-        members = {member.process for member in self._view.members} if self._view else set()
-        workers = {worker.process for worker in self._directory.of_kind("prefill")} if self._directory else set()
-        return members | workers
+        self._links = set(self._known.addresses())
 
     def _tick(self) -> None:
         if self.table is not None:

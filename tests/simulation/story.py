@@ -20,7 +20,7 @@ from common.config import (
 from common.ids import ProcessId
 from kernels import epoch_state
 from kernels.reference import ElasticGroup
-from services.decode import elastic_exchange, rank_engine, stream
+from services.decode import elastic_exchange, rank_engine, rounds, stream
 from services.prefill import prefill_engine
 from tests.simulation import symbolic_model
 from tests.simulation.agent_node import AgentNode
@@ -218,7 +218,7 @@ def _in_place_of_torch_and_time(story: Story) -> Iterator[None]:
         (prefill_engine, "Model", SymbolicModel),
         (prefill_engine, "LocalExperts", symbolic_model.LocalExperts),
         (stream, "_JOINING_S", 0.02),
-        (stream, "BARE_ROUND_S", 0.02),
+        (rounds, "BARE_ROUND_S", 0.02),
     ]
     originals = [(module, name, getattr(module, name)) for module, name, _ in substitutes]
     for module, name, value in substitutes:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
-from services.decode.stream import Incoming
+from services.decode.stream_inbox import Incoming
 from tests.simulation.world import Node
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class StreamTask:
 
 
 class TaskInbox:
-    """In place of `services.decode.stream.Inbox`."""
+    """In place of `services.decode.stream_inbox.Inbox`."""
 
     def __init__(self, task: Callable[[], StreamTask]) -> None:
         self._items: list[Incoming] = []
