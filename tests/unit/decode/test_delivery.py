@@ -1,7 +1,7 @@
 """Requests of a decode rank: PROTOCOL section 6, bounds, and no block lost whatever comes in whatever order."""
 
 import msgspec
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from common.ids import Epoch, Incarnation, ProcessId, Rank, RequestId
@@ -393,19 +393,25 @@ operations = st.tuples(
 
 
 @given(st.lists(operations, max_size=80))
+@example([("compute", "a", 1, 1), ("round", "a", 1, 1), ("compute", "a", 2, 1), ("round", "a", 1, 1)])
 def test_outputs_only_grow_and_no_block_is_lost(history: list[tuple[str, str, int, int]]) -> None:
     """``void`` is a round whose tokens are thrown away: nothing may be told of it."""
     delivery = make(num_blocks=5, max_batch=3, max_waiting=2)
     told: dict[tuple[str, int], dict[int, int]] = {}
+    outputs_of: dict[tuple[str, int], tuple[int, ...]] = {}  # an attempt is announced with the same ones each time
     now = 0.0
     for kind, name, attempt, number in history:
         now += 0.1
+        outputs: tuple[int, ...] = ()
+        if kind in ("announce", "compute"):
+            told_before = tuple(told.get((name, attempt - 1), {}).values())[:1] if kind == "compute" else ()
+            outputs = outputs_of.setdefault((name, attempt), told_before)
+            told.setdefault((name, attempt), dict(enumerate(outputs)))
         match kind:
             case "announce":
-                delivery.on_announce(announce(name, attempt, max_tokens=number), now)
+                delivery.on_announce(announce(name, attempt, outputs, max_tokens=number), now)
             case "compute":
-                told_before = tuple(told.get((name, attempt - 1), {}).values())[:1]
-                delivery.on_announce(announce(name, attempt, told_before, num_prompt=number, computes=True), now)
+                delivery.on_announce(announce(name, attempt, outputs, num_prompt=number, computes=True), now)
             case "kv":
                 delivery.on_kv(kv(name, attempt), frames(), now)
             case "part":
