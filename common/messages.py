@@ -155,6 +155,7 @@ class Heartbeat(_Message, frozen=True):
     out_of: Epoch = Epoch(0)  # highest prepared epoch that this newcomer has given up
     counters: dict[str, int] = {}
     staged_placement: int = 0  # version of the `StagePlacement` of which this rank has all its experts; 0 = none
+    misses: tuple[int, ...] = ()  # ranks of the prepared view whose first header has not come here
 
 
 class HeartbeatReply(_Message, frozen=True):

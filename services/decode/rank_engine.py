@@ -180,8 +180,9 @@ class RankEngine:
     def announce(self, view: View) -> None:
         self._open_group().announce_header(view.epoch, ranks(view), NEWCOMER_HEADER.words(), digest(view))
 
-    def sees_first_headers(self, epoch: int, of_ranks: Sequence[int]) -> bool:
-        return self._open_group().all_announced(epoch, of_ranks)
+    def missing_first_headers(self, epoch: int, of_ranks: Sequence[int]) -> tuple[int, ...]:
+        group = self._open_group()
+        return tuple(rank for rank in of_ranks if not group.all_announced(epoch, [rank]))
 
     def adopt(self, view: View, in_band: bool) -> None:
         group, num_experts = self._open_group(), self._checkpoint.config.n_routed_experts

@@ -18,9 +18,10 @@ class RankStatus:
     out_of: int = 0
     life: int = 0
     staged_placement: int = 0
+    misses: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, membership: Membership, life: int) -> "RankStatus":
+    def of(cls, membership: Membership, life: int, misses: tuple[int, ...] = ()) -> "RankStatus":
         return cls(
             "masked" if membership.masked and not membership.view else membership.state.value,
             membership.rank,
@@ -29,6 +30,7 @@ class RankStatus:
             membership.out_of,
             life,
             membership.next_placement.staged_version,
+            misses,
         )
 
     def heartbeat(
@@ -47,6 +49,7 @@ class RankStatus:
             out_of=Epoch(self.out_of),
             counters=counters,
             staged_placement=self.staged_placement,
+            misses=self.misses,
         )
 
     def hello(self, process: ProcessId, name: str, host: str, pid: int, endpoint: str, agent: str, heap: str) -> Hello:

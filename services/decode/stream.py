@@ -79,6 +79,7 @@ class Stream:
         self._membership = Membership(process, float("inf"), clock())
         self._rank: ConfiguredRank | None = None
         self._interrupts = Interrupts(self._membership)
+        self._misses: tuple[int, ...] = ()
         self._words_seen = 0
         self._load_at = 0.0
         self._distrusted_at = float("inf")
@@ -236,7 +237,8 @@ class Stream:
 
     def _look_for_first_headers(self) -> None:
         awaited = self._membership.awaited_headers
-        if awaited and self._rank and self._rank.engine.sees_first_headers(*awaited):
+        self._misses = self._rank.engine.missing_first_headers(*awaited) if awaited and self._rank else ()
+        if awaited and self._rank and not self._misses:
             self._perform(self._membership.on_first_headers(awaited[0], self._clock()))
 
     def _care_for_requests(self, now: float) -> None:
@@ -289,7 +291,7 @@ class Stream:
             self._emit(list(sends))
 
     def _update_status(self) -> None:
-        self.status = RankStatus.of(self._membership, self._rank.life.number if self._rank else 0)
+        self.status = RankStatus.of(self._membership, self._rank.life.number if self._rank else 0, self._misses)
 
     @property
     def progress(self) -> int:

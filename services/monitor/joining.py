@@ -151,6 +151,7 @@ class Joining:
         waiting = set(prepared.waiting)
         if prepared.base is not None:
             late = waiting & set(prepared.newcomers)
+            late = self._missed_by_members(prepared) & late or late
         else:
             late = {process for process in waiting if self._holds_up(prepared, process)}
         self._outbox.emit("join_failed", now, epoch=prepared.view.epoch, waiting=sorted(waiting), late=sorted(late))
@@ -160,6 +161,15 @@ class Joining:
             self.form_again(now)
         else:
             prepared.started_at = now  # all newcomers are in; a member that is not will be void, silent, or removed
+
+    def _missed_by_members(self, prepared: PreparedView) -> set[ProcessId]:
+        """Newcomers of which a member lacks the first header: no other is to blame if one of them has no path there."""
+        missed = set()
+        for member in prepared.view.members:
+            record = self._table.get(member.process)
+            if record is not None and member.process not in prepared.newcomers:
+                missed |= {m.process for m in prepared.view.members if m.rank in record.beat.misses}
+        return missed
 
     def _holds_up(self, prepared: PreparedView, process: ProcessId) -> bool:
         """In a formation: others wait for its first header, and it waits for nobody."""
