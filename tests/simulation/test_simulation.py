@@ -14,6 +14,13 @@ def test_every_promise_holds(part: int) -> None:
         assert not broken, f"seed {seed} at {story.world.now:.3f}: {broken}\n" + "\n".join(story.world.story()[-80:])
 
 
+@pytest.mark.parametrize("seed", [613, 1178, 1263, 1969, 2052, 2182, 3018])
+def test_stories_that_broke_once(seed: int) -> None:
+    """Broken paths that cost healthy ranks their places, and a roll call that was cut short by a newcomer's death."""
+    story, broken = run_seed(seed)
+    assert not broken, f"seed {seed} at {story.world.now:.3f}: {broken}\n" + "\n".join(story.world.story()[-80:])
+
+
 def test_the_same_seed_is_the_same_story() -> None:
     first, second = run_seed(7)[0], run_seed(7)[0]
     assert first.world.story() == second.world.story()

@@ -55,7 +55,6 @@ class Puppet:
     waits_for: tuple[int, ...] = ()
     copies_experts: bool = True  # at once
     staged: int = 0
-    misses: tuple[int, ...] = ()
     counters: dict[str, int] = field(default_factory=dict)
     received: list[Message] = field(default_factory=list)
 
@@ -136,7 +135,6 @@ class Driver:
             Heartbeat(
                 puppet.process, puppet.rank, puppet.incarnation, puppet.term, puppet.epoch, puppet.state,
                 puppet.progress, puppet.waits_for, 0, puppet.out_of, puppet.counters, puppet.staged,
-                puppet.misses,
             ),
             suffix="#beat",
         )  # fmt: skip

@@ -562,25 +562,6 @@ def test_a_newcomer_that_never_gets_ready_is_fenced() -> None:
     assert {signal.process for signal in signals} >= {newcomer.process}
 
 
-def test_a_newcomer_without_a_path_to_a_member_goes_alone() -> None:
-    """None of its companions can enter as long as the members wait for it (simulation, seed 2182)."""
-    driver = Driver(ClusterConfig(decode=DecodeConfig(num_ranks=4, max_ranks=5)))
-    puppets = driver.form(4)
-    driver.exited(puppets[2])
-    driver.exited(puppets[3])
-    driver.advance(0.3)
-    puppets[0].follows = puppets[1].follows = False
-    first = driver.enter("decode", "decode-2", "decode-2-b", follows=False)
-    second = driver.enter("decode", "decode-3", "decode-3-b", follows=False)
-    driver.advance(1.0)
-    driver.take_slot(first)
-    driver.take_slot(second)
-    puppets[0].misses = (first.rank,)
-    driver.advance(CONFIG.monitor.prepare_timeout_s + 1)
-    removed = [event["process"] for event in driver.events if event["kind"] == "removed"]
-    assert first.process in removed and second.process not in removed
-
-
 def test_a_joiner_may_be_slow_but_the_group_does_not_wait_for_the_dead() -> None:
     driver = Driver()
     puppets = driver.form()
