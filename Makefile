@@ -26,7 +26,10 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+# What is compiled at installation; `python -m kernels.cpu.build` alone does it too.
+C_SOURCES := $(wildcard kernels/cpu/*.[ch]) kernels/cpu/artifacts.py kernels/cpu/build.py setup.py
+
+$(STAMP): pyproject.toml constraints.txt $(C_SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "Regrow needs Python 3.11 or later; name one with make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from kernels.cpu.build import build
+
 pytest_plugins = ["tests.leak_checks"]
 
 
@@ -19,6 +21,11 @@ NEEDS = {
     "gpu": (has_gpu, "needs an NVIDIA GPU"),
     "root": (lambda: os.geteuid() == 0, "needs to run as root"),
 }
+
+
+def pytest_sessionstart() -> None:
+    """The sources at hand are tested, and not what was built from older ones."""
+    build()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
