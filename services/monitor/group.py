@@ -7,7 +7,7 @@
 Invariants: epochs only rise, a number is used once; at most one view is prepared; a publication drops it; a join starts
 only when the current view is adopted, so that it grows from an epoch in which everybody is.
 
-Whether to publish, and without whom, is decided in `services.monitor.membership`.
+Whether to publish, and without whom, is decided in `services.monitor.membership` and `removals`.
 """
 
 from collections.abc import Iterable

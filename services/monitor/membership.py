@@ -4,28 +4,22 @@
                                ^                                            |
                                +--unmasked, left-- masked <--fault event----+
 
-    void round of the current or prepared epoch --> roll call --all answered--> new view, same members
-                                                              --silent-------> new view without them
+The evidence is gathered here; what a removal does is in `removals`, what follows a void round in `void_rounds`.
 
 Invariants:
-* every void of the current epoch ends in a new view;
 * a member is removed only for: known gone, left by itself, lifeline cut, silence (counted in this monitor's on-time
   ticks), no answer to a roll call, a published view not adopted in time, a broken path, slowness (if configured),
   memory that is not trusted, a fault event, a scaling;
-* who is removed and not known gone is fenced, unless masked, and its slot number waits for that; who is released by a
-  scaling has time to leave by itself first;
 * a removal beats a join: it is computed from the current view, under a new number, and newcomers prepare again.
 
 If you change a rule here, change PROTOCOL's counterpart in docs and the simulation in tests/unit/monitor.
 """
 
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 
 from common.config import ClusterConfig
-from common.ids import Epoch, Incarnation, ProcessId, Rank
-from common.messages import Heartbeat, Member, RollAnswer, RollCall, SlotLeft, View, VoidReport
-from services.monitor.actions import Outbox
+from common.ids import ProcessId, Rank
+from common.messages import Heartbeat, RollAnswer, SlotLeft, VoidReport
 from services.monitor.deafness import Deafness
 from services.monitor.emptying import Emptying
 from services.monitor.failure_detector import FailureDetector, Suspect
@@ -34,35 +28,16 @@ from services.monitor.group import Group
 from services.monitor.joining import Joining
 from services.monitor.lifelines import Lifelines
 from services.monitor.processes import ProcessTable
-from services.monitor.roll_call import SEND_AGAIN_S, BrokenPaths, RollCallState
+from services.monitor.removals import Fate, Removal, Removals
 from services.monitor.sizing import Sizing
 from services.monitor.slots import Slot, SlotState, SlotTable
 from services.monitor.slow_ranks import SlowRanks
-from services.monitor.ticks import TickClock
-
-
-class Fate(Enum):
-    """What becomes of the slot of a removed process."""
-
-    FENCE = "fence"  # still there, as far as is known; may come back when it has left by itself
-    END = "end"  # still there, and what is wrong with it would be wrong again: it must end
-    FREE = "free"  # reaped, or has left by itself
-    MASK = "mask"  # stays alive, keeps its number
-    RELEASE = "release"  # stays alive, gives its number back
-
-
-@dataclass(frozen=True, slots=True)
-class Removal:
-    process: ProcessId
-    evidence: str
-    since: float
-    fate: Fate = Fate.FENCE
+from services.monitor.void_rounds import VoidRounds
 
 
 class Membership:
     def __init__(
         self,
-        monitor: ProcessId,
         config: ClusterConfig,
         table: ProcessTable,
         slots: SlotTable,
@@ -73,20 +48,17 @@ class Membership:
         fences: Fences,
         lifelines: Lifelines,
         detector: FailureDetector,
-        outbox: Outbox,
-        clock: TickClock,
+        removals: Removals,
+        void_rounds: VoidRounds,
+        slow_ranks: SlowRanks,
+        deafness: Deafness,
     ) -> None:
-        self._monitor, self._config = monitor, config
-        self._table, self._slots, self._group, self._joining, self._sizing = table, slots, group, joining, sizing
-        self._emptying = emptying
+        self._config, self._table, self._slots = config, table, slots
+        self._group, self._joining, self._sizing, self._emptying = group, joining, sizing, emptying
         self._fences, self._lifelines, self._detector = fences, lifelines, detector
-        self._outbox, self._clock = outbox, clock
-        self._broken_paths = BrokenPaths()
-        self._slow_ranks = SlowRanks(config.monitor, table, clock)
-        self._deafness = Deafness(config.monitor, table, outbox)
+        self._removals, self._void_rounds = removals, void_rounds
+        self._slow_ranks, self._deafness = slow_ranks, deafness
         self._is_deaf = False
-        self.roll_call: RollCallState | None = None
-        self.term = 0
 
     # Words of processes.
 
@@ -99,14 +71,14 @@ class Membership:
         if beat.counters.get("distrusted"):
             self.distrust(beat.process, now)
         if beat.state == "void":
-            self._on_void(beat.process, beat.incarnation, beat.epoch, now)
+            self._void_rounds.on_void(beat.process, beat.incarnation, beat.epoch, now)
 
     def on_void_report(self, report: VoidReport, now: float) -> None:
-        self._on_void(report.process, report.incarnation, report.epoch, now)
-        self._on_answer(report.process, report.incarnation, report.epoch, report.accused, now)
+        self._void_rounds.on_void(report.process, report.incarnation, report.epoch, now)
+        self._void_rounds.on_answer(report.process, report.incarnation, report.epoch, report.accused, now)
 
     def on_roll_answer(self, answer: RollAnswer, now: float) -> None:
-        self._on_answer(answer.process, answer.incarnation, answer.epoch, answer.accused, now)
+        self._void_rounds.on_answer(answer.process, answer.incarnation, answer.epoch, answer.accused, now)
 
     def on_slot_left(self, left: SlotLeft, now: float) -> None:
         slot = self._slots.of_process(left.process)
@@ -124,7 +96,7 @@ class Membership:
             self._fences.on_left(slot.process)
             self._slots.free(slot, now, "left")
         elif slot.state is SlotState.HELD:
-            self.remove([Removal(slot.process, "left its slot", now, Fate.FREE)], now)
+            self._removals.remove([Removal(slot.process, "left its slot", now, Fate.FREE)], now)
 
     def on_gone(self, process: ProcessId, proof: str, now: float) -> None:
         """Reaped by its agent. No roll call is needed for that."""
@@ -133,7 +105,7 @@ class Membership:
         if slot is None:
             return
         if slot.state is SlotState.HELD:
-            self.remove([Removal(process, proof, now, Fate.FREE)], now)
+            self._removals.remove([Removal(process, proof, now, Fate.FREE)], now)
         else:
             self._slots.free(slot, now, proof)
 
@@ -143,14 +115,14 @@ class Membership:
         self._fences.on_tick(now)
         self._is_deaf = self._group.current is not None and self._deafness.look(self._group.current, now)
         self._remove_suspects(now)
-        self._advance_roll_call(now)
+        self._void_rounds.advance(now)
         self._remove_slow(now)
-        if self.roll_call is None and not self._is_deaf and (view := self._group.current):
+        if not self._void_rounds.is_calling and not self._is_deaf and (view := self._group.current):
             for suspect in self._detector.stuck(view, now)[:1]:
-                self._call_roll(view.epoch, f"{self._name(suspect.process)}: {suspect.evidence}", now)
+                self._void_rounds.call_roll(view.epoch, suspect.process, suspect.evidence, now)
         self._joining.on_tick(now)
         for process in self._joining.overdue():
-            self.remove([Removal(process, "did not get ready in time", now)], now)
+            self._removals.remove([Removal(process, "did not get ready in time", now)], now)
         self._group.on_tick(now)
 
     def _remove_suspects(self, now: float) -> None:
@@ -167,17 +139,17 @@ class Membership:
             suspects += [] if self._group.is_adopted else self._detector.behind(view, self._group.published_at, now)
             removals += [Removal(suspect.process, suspect.evidence, suspect.since) for suspect in suspects]
         removals += [Removal(s.process, s.evidence, s.since) for s in self._silent_joiners(now)]
-        self.remove(removals, now)
+        self._removals.remove(removals, now)
 
     def _remove_slow(self, now: float) -> None:
         """One at a time, each in a group that has come to rest since the last; never the room for all experts."""
         view = self._group.current
-        at_rest = self._group.is_adopted and self._group.prepared is None and self.roll_call is None
+        at_rest = self._group.is_adopted and self._group.prepared is None and not self._void_rounds.is_calling
         if view is None or not at_rest or len(view.members) <= max(1, self._group.experts.min_ranks):
             self._slow_ranks.restart()
         elif (suspect := self._slow_ranks.look(view, now)) is not None:
             self._slow_ranks.restart()
-            self.remove([Removal(suspect.process, suspect.evidence, suspect.since, Fate.END)], now)
+            self._removals.remove([Removal(suspect.process, suspect.evidence, suspect.since, Fate.END)], now)
 
     def _silent_joiners(self, now: float) -> list[Suspect]:
         """A process that warms up is no member and may be slow, but not silent for thrice the time."""
@@ -189,147 +161,11 @@ class Membership:
                 found.append(Suspect(process, f"no heartbeat for {limit_s:g} s while joining", record.heard_at))
         return found
 
-    # Verdicts.
-
-    def remove(self, removals: list[Removal], now: float) -> None:
-        """Puts processes out of the group, or out of the join. One view for all of them."""
-        first: dict[ProcessId, Removal] = {}
-        for removal in removals:
-            first.setdefault(removal.process, removal)
-        told = []
-        for removal in first.values():
-            slot = self._slots.of_process(removal.process)
-            if slot is None or slot.state is not SlotState.HELD:
-                continue
-            told.append(self._record_removal(slot, removal, now))
-            if removal.fate is Fate.END:
-                self._slots.fence(slot, now, removal.evidence)
-                self._fences.put_up(removal.process, now, to_the_end=True)
-            elif removal.fate is Fate.FENCE:
-                self._slots.fence(slot, now, removal.evidence)
-                self._fences.put_up(removal.process, now)
-            elif removal.fate is Fate.RELEASE:
-                self._slots.fence(slot, now, removal.evidence, released=True)
-                self._fences.put_up(removal.process, now, self._config.monitor.adopt_timeout_s)
-            elif removal.fate is Fate.MASK:
-                self._slots.mask(slot, now, removal.evidence)
-            else:
-                self._slots.free(slot, now, removal.evidence)
-            if self._group.member(removal.process) is None:
-                self._joining.to_welcome.append(removal.process)  # no view will tell it that it is out
-        if told:
-            self._publish_without(set(first), told, now)
-
-    def _record_removal(self, slot: Slot, removal: Removal, now: float) -> dict[str, object]:
-        fields = {
-            "rank": slot.rank,
-            "incarnation": slot.incarnation,
-            "process": slot.process,
-            "evidence": removal.evidence,
-            "since": self._outbox.events.wall(removal.since),
-        }
-        if record := self._table.get(slot.process):
-            slot.last_pid, slot.last_host = record.hello.pid, record.hello.host
-        kind = {Fate.MASK: "masked", Fate.RELEASE: "released"}.get(removal.fate, "removed")
-        self._outbox.emit(kind, now, epoch=self._group.epoch, **fields)
-        return fields
-
-    def _publish_without(self, processes: set[ProcessId], told: list[dict[str, object]], now: float) -> None:
-        members = [member for member in self._group.members if member.process not in processes]
-        prepared = self._group.prepared
-        touched = len(members) < len(self._group.members)
-        joins = prepared and prepared.base and any(m.process in processes for m in prepared.view.members)
-        # A roll call ends in a new view anyway; one made earlier only because of a newcomer would keep the silent.
-        if touched or (joins and self.roll_call is None):
-            reason = "; ".join(f"without rank {fields['rank']}: {fields['evidence']}" for fields in told)
-            self._publish(members, reason, now, evidence=told)
-        elif not joins and prepared and any(process in processes for process in prepared.newcomers):
-            self._joining.form_again(now)
-
-    def _publish(self, members: list[Member], reason: str, now: float, **evidence: object) -> None:
-        prepared = self._group.prepared
-        self.roll_call = None
-        view = self._group.publish(members, reason, now, **evidence)
-        if prepared is not None:
-            self._joining.on_dropped(prepared, view, now)
-
-    def publish_same_members(self, reason: str, now: float) -> None:
-        self._publish(list(self._group.members), reason, now)
-
-    # Void rounds and roll calls.
-
-    def _on_void(self, process: ProcessId, incarnation: Incarnation, epoch: Epoch, now: float) -> None:
-        """Also of the prepared epoch: who is in it already has left the current one."""
-        prepared = self._group.prepared
-        if (
-            prepared is not None
-            and epoch == prepared.view.epoch
-            and self._is_member(prepared.view, process, incarnation)
-        ):
-            if prepared.base is None:
-                self._joining.form_again(now)  # nobody to call: the first view has not come into force
-                return
-        elif not (
-            self._group.current
-            and epoch == self._group.epoch
-            and self._is_member(self._group.current, process, incarnation)
-        ):
-            return
-        if self.roll_call is None:
-            self._call_roll(epoch, f"{self._name(process)}: void round", now)
-
-    @staticmethod
-    def _is_member(view: View, process: ProcessId, incarnation: Incarnation) -> bool:
-        return any(member.process == process and member.incarnation == incarnation for member in view.members)
-
-    def _call_roll(self, epoch: Epoch, cause: str, now: float) -> None:
-        members = tuple(member.process for member in self._group.members)
-        self.roll_call = RollCallState(epoch, cause, members, now, now)
-        self._outbox.emit("roll_call", now, epoch=epoch, cause=cause, ranks=[m.rank for m in self._group.members])
-        self._send_roll_call(self.roll_call)
-
-    def _send_roll_call(self, roll_call: RollCallState) -> None:
-        for process in roll_call.silent:
-            self._outbox.send(process, RollCall(self._monitor, self.term, roll_call.epoch))
-
-    def _on_answer(
-        self, process: ProcessId, incarnation: Incarnation, epoch: Epoch, accused: tuple[int, ...], now: float
-    ) -> None:
-        """Answers tell the epoch that the answerer is in: the current one, or a prepared one that it entered since."""
-        roll_call, member = self.roll_call, self._group.member(process)
-        if roll_call is None or member is None or member.incarnation != incarnation or epoch < self._group.epoch:
-            return
-        roll_call.answers[process] = accused
-        if roll_call.silent:
-            return
-        assert self._group.current is not None
-        broken = self._broken_paths.on_all_answered(roll_call, self._group.current, self._group.num_rounds, now)
-        if broken is not None:
-            evidence = "the path to it is broken"
-            self.remove([Removal(broken, evidence, roll_call.started_at, Fate.END)], now)
-        else:
-            self.publish_same_members(f"void round, all answered ({roll_call.cause})", now)
-
-    def _advance_roll_call(self, now: float) -> None:
-        roll_call = self.roll_call
-        if roll_call is None:
-            return
-        if self._clock.elapsed(roll_call.started_at, now) > self._config.monitor.roll_call_s:
-            evidence = f"no answer to the roll call of epoch {roll_call.epoch}"
-            self.remove([Removal(process, evidence, roll_call.started_at) for process in roll_call.silent], now)
-        elif now - roll_call.sent_at >= SEND_AGAIN_S:
-            roll_call.sent_at = now
-            self._send_roll_call(roll_call)
-
-    def _name(self, process: ProcessId) -> str:
-        member = self._group.member(process)
-        return f"rank {member.rank}" if member else str(process)
-
     # Commands.
 
     def distrust(self, process: ProcessId, now: float) -> None:
         """It says itself that its memory must not be trusted: out, and ended. Nobody takes that memory over."""
-        self.remove([Removal(process, "its memory is not trusted, by its own word", now, Fate.END)], now)
+        self._removals.remove([Removal(process, "its memory is not trusted, by its own word", now, Fate.END)], now)
 
     def shrink(self, now: float) -> None:
         """Puts out who is too many, or drained, in one view, once others hold their experts. What is masked has left
@@ -341,7 +177,7 @@ class Membership:
         undone = self._emptying.advance([removal.process for removal in leaving], now)
         if undone is not None:
             outside += [replace(removal, evidence=removal.evidence + undone) for removal in leaving]
-        self.remove(outside, now)
+        self._removals.remove(outside, now)
 
     def _surplus(self, now: float) -> list[Removal]:
         released = []
@@ -370,7 +206,7 @@ class Membership:
 
     def mask(self, rank: Rank, cause: str, now: float) -> None:
         slot = self._slots.slots[rank]
-        self.remove([Removal(slot.process, cause, now, Fate.MASK)], now)
+        self._removals.remove([Removal(slot.process, cause, now, Fate.MASK)], now)
 
     def unmask(self, rank: Rank, now: float) -> None:
         self._emptying.drained.pop(self._slots.slots[rank].process, None)

@@ -5,7 +5,7 @@ hands everything that concerns the group to `membership`.
 """
 
 from common.config import ClusterConfig
-from common.ids import NO_RANK, Epoch, Incarnation, ProcessId
+from common.ids import Epoch, ProcessId
 from common.messages import (
     AskStatus,
     AskView,
@@ -23,11 +23,11 @@ from common.messages import (
     SlotLeft,
     Status,
     VoidReport,
-    Welcome,
     Worker,
 )
 from services.monitor.actions import Action, Outbox
 from services.monitor.cluster_status import ClusterStatus
+from services.monitor.deafness import Deafness
 from services.monitor.directory import DirectoryKeeper
 from services.monitor.emptying import Emptying
 from services.monitor.event_log import EventLog
@@ -43,13 +43,17 @@ from services.monitor.membership import Membership
 from services.monitor.migration import Migration
 from services.monitor.placement_status import PlacementStatus
 from services.monitor.processes import Process, ProcessTable, has_moved_on
+from services.monitor.reception import Reception
 from services.monitor.recovery import recover
+from services.monitor.removals import Removals
 from services.monitor.sizing import Sizing
-from services.monitor.slots import SlotState, SlotTable
+from services.monitor.slots import SlotTable
+from services.monitor.slow_ranks import SlowRanks
 from services.monitor.strangers import Strangers
 from services.monitor.takeover import Phase, Takeover
 from services.monitor.terms import EpochCounter
 from services.monitor.ticks import TickClock
+from services.monitor.void_rounds import VoidRounds
 
 BEAT_SUFFIX = "#beat"  # identity of a process's heartbeat thread
 
@@ -88,15 +92,24 @@ class Monitor:
         )  # fmt: skip
         self.migration = Migration(self.id, config, self.counter, self.table, self.group, self._outbox, self._clock)
         emptying = Emptying(settings, self.group, self.migration, self._clock)
+        self.removals = Removals(settings, self.table, self.slots, self.group, self.joining, self.fences, self._outbox)
+        void_rounds = VoidRounds(
+            self.id, settings, self.counter, self.group, self.joining, self.removals, self._outbox, self._clock
+        )
         self.membership = Membership(
-            self.id, config, self.table, self.slots, self.group, self.joining, self.sizing, emptying,
-            self.fences, self._lifelines, detector, self._outbox, self._clock,
+            config, self.table, self.slots, self.group, self.joining, self.sizing, emptying, self.fences,
+            self._lifelines, detector, self.removals, void_rounds,
+            SlowRanks(settings, self.table, self._clock), Deafness(settings, self.table, self._outbox),
         )  # fmt: skip
         self._faults = FaultDesk(
             self.id, config, self.table, self.slots, self.group, self.membership, self.sizing, self._outbox, self._clock
         )
         self._takeover = Takeover(settings, self.counter, self.table, self._clock, now)
         self.directory = DirectoryKeeper(myself, self.table, self.slots, self.group)
+        self._reception = Reception(
+            self.id, config, self.counter, self.table, self.slots, self.group, self.joining, self.fences,
+            self.membership, self._takeover, self.directory, self._outbox,
+        )  # fmt: skip
         self._load = LoadWindow(num_moe_layers, num_logical_experts)
         self._strangers = Strangers(self._outbox)
         self._status = ClusterStatus(
@@ -120,7 +133,10 @@ class Monitor:
             case Heartbeat():
                 self._on_heartbeat(message, peer, now)
             case Hello():
-                self._on_hello(message, now)
+                # A word that outlived its process, or that tells of a monitor that has taken over.
+                is_void = message.process in self.table.gone
+                if not is_void and not (message.view is not None and self._outranked(message.view.term)):
+                    self._reception.on_hello(message, now)
             case AskView():
                 self.group.tell(peer, self.directory.message)
             case AskStatus(id=number):
@@ -179,60 +195,10 @@ class Monitor:
                 self._on_gone(process, "lifeline closed, and no agent knows it", now)
             self.membership.on_tick(now)
             if overdue := self.migration.on_tick(now):
-                self.membership.publish_same_members(overdue, now)
+                self.removals.publish_same_members(overdue, now)
             self._check_rivals(now)
             self.table.forget_silent({slot.process for slot in self.slots.slots}, now)
         return self._settle(now)
-
-    # Greeting.
-
-    def _on_hello(self, hello: Hello, now: float) -> None:
-        if hello.process in self.table.gone:
-            return  # a word that outlived its process
-        if hello.view is not None and self._outranked(hello.view.term):
-            return
-        process, kind = self.table.on_hello(hello, now)
-        if kind != "again":
-            fields = {"process": hello.process, "name": hello.name, "service": hello.kind, "pid": hello.pid}
-            self._outbox.emit("restarted" if kind == "restarted" else "started", now, epoch=self.group.epoch, **fields)
-        if self.phase is not Phase.ACTIVE:
-            self._takeover.on_hello(hello)
-        elif hello.kind == "decode":
-            self._reconcile_slot(process, now)
-        # A decode process learns its slot only when it is sure; it repeats its Hello until then.
-        if self.phase is Phase.ACTIVE or (self.phase is Phase.GATHERING and hello.kind != "decode"):
-            self.joining.to_welcome.append(process.id)
-
-    def _reconcile_slot(self, process: Process, now: float) -> None:
-        """A decode process greets again, or comes late: does what it says of its slot fit what is known?"""
-        hello, slot = process.hello, self.slots.of_process(process.id)
-        if slot is not None:
-            if hello.rank == NO_RANK and hello.heap != slot.heap:
-                self.membership.on_left(slot, now)  # its SlotLeft was lost: what it offers now is another heap
-                process.must_greet = False
-        elif 0 <= hello.rank < len(self.slots.slots):
-            self._outbox.emit("zombie", now, epoch=self.group.epoch, rank=hello.rank, process=process.id)
-            if self.slots.slots[hello.rank].state is SlotState.FREE:
-                fenced = SlotState.FENCING
-                self.slots.give(hello.rank, process.id, hello.incarnation, hello.heap, now, fenced)
-            self.fences.put_up(process.id, now)
-
-    def _welcome(self, process: Process, now: float) -> None:
-        if self.joining.may_have_been_let_in(process.id):
-            return  # it repeats its Hello
-        slot = self.slots.of_process(process.id)
-        rank, incarnation = NO_RANK, Incarnation(0)
-        if slot is not None and slot.state is SlotState.HELD:
-            rank, incarnation = slot.rank, slot.incarnation
-        # Told so, it says so itself in its next Hello: a restarted monitor must not give a masked rank a slot unasked.
-        masked = slot is not None and slot.state is SlotState.MASKED
-        term, view, directory = self.counter.term, self.group.current, self.directory.message
-        process.welcomed_at = now
-        self._outbox.send(
-            process.id, Welcome(self.id, term, self.config, directory, view, rank, incarnation, masked=masked)
-        )
-        if self.group.prepared is not None and process.id in self.group.prepared.waiting:
-            self._outbox.send(process.id, self.group.prepared.message)
 
     # Other words.
 
@@ -317,7 +283,7 @@ class Monitor:
 
     def _on_phase(self, now: float) -> None:
         term = self.counter.term
-        self.membership.term = self.sizing.term = self.migration.term = self._faults.term = term
+        self.sizing.term = self.migration.term = self._faults.term = term
         self.directory.open_term(term)
         self._outbox.emit("term", now, epoch=self.group.epoch, term=term, phase=self.phase.value)
         if self.phase is Phase.ACTIVE and not self._takeover.is_fresh:
@@ -351,7 +317,7 @@ class Monitor:
         welcome, self.joining.to_welcome = dict.fromkeys(self.joining.to_welcome), []
         for process in welcome:
             if record := self.table.get(process):
-                self._welcome(record, now)
+                self._reception.welcome(record, now)
         if directory is not None and self.counter.term:
             self.group.tell_everybody(directory)
         return self._outbox.take()

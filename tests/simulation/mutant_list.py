@@ -21,7 +21,8 @@ _REFERENCE = "kernels/reference.py"
 _ENGINE = "services/decode/rank_engine.py"
 _DELIVERY = "services/decode/delivery.py"
 _RANK = "services/decode/membership.py"
-_MONITOR = "services/monitor/membership.py"
+_REMOVALS = "services/monitor/removals.py"
+_VOID_ROUNDS = "services/monitor/void_rounds.py"
 _GROUP = "services/monitor/group.py"
 _LIFECYCLE = "services/router/request_lifecycle.py"
 
@@ -34,11 +35,11 @@ MUTANTS = (
         "verdict-by-accusation",
         (
             (
-                _MONITOR,
+                _VOID_ROUNDS,
                 "        roll_call.answers[process] = accused\n",
                 "        roll_call.answers[process] = accused\n"
                 "        if guilty := [m.process for m in self._group.members if m.rank in accused]:\n"
-                "            self.remove([Removal(g, 'accused', now) for g in guilty], now)\n"
+                "            self._removals.remove([Removal(g, 'accused', now) for g in guilty], now)\n"
                 "            return\n",
             ),
         ),
@@ -134,7 +135,7 @@ MUTANTS = (
         "a-slot-given-out-before-its-process-is-gone",
         (
             (
-                _MONITOR,
+                _REMOVALS,
                 "is Fate.FENCE:\n                self._slots.fence(slot, now, removal.evidence)\n",
                 "is Fate.FENCE:\n                self._slots.free(slot, now, removal.evidence)\n",
             ),
@@ -145,9 +146,9 @@ MUTANTS = (
         "a-void-round-without-a-new-view",
         (
             (
-                _MONITOR,
-                "            self.publish_same_members(f",
-                "            self.roll_call = None\n            (lambda *_: None)(f",
+                _VOID_ROUNDS,
+                "            self._removals.publish_same_members(f",
+                "            self._removals.roll_call = None\n            (lambda *_: None)(f",
             ),
         ),
     ),
@@ -228,9 +229,9 @@ MUTANTS = (
         "a-roll-call-forgives-silence",
         (
             (
-                _MONITOR,
-                "self.remove([Removal(process, evidence, roll_call.started_at) for process in roll_call.silent], now)",
-                "self.publish_same_members(evidence, now)",
+                _VOID_ROUNDS,
+                "self._removals.remove(silent, now)",
+                "self._removals.publish_same_members(evidence, now)",
             ),
         ),
     ),
