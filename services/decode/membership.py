@@ -14,12 +14,9 @@ The round is the unit: events are given between rounds, by one thread. What arri
 but is an event only afterwards; so what a header says (ready for e') still holds when its round ends.
 """
 
-from dataclasses import dataclass
-from enum import Enum
-
 from common.ids import NO_RANK, Epoch, Incarnation, ProcessId, Rank
 from common.messages import RollAnswer, SlotLeft, StagePlacement, View, VoidReport
-from common.state_machine import StateMachine, transition_table
+from common.state_machine import StateMachine
 from common.view import member_of, newcomers, ranks
 from services.decode.actions import (
     Action,
@@ -35,49 +32,20 @@ from services.decode.actions import (
     StageExperts,
     Tell,
 )
+from services.decode.loneliness import Loneliness
 from services.decode.next_placement import NextPlacement
+from services.decode.preparation import Preparation
+from services.decode.rank_state import MOVES, RankState
 
 RETRY_S = 0.02  # a heap that could not be mapped is tried again
-# A gap this long between two looks at the clock means that this process stood still itself, and so has judged nobody.
-_STOOD_STILL = 0.25  # of lonely_s
-
-
-class RankState(Enum):
-    STANDBY = "standby"
-    JOINING = "joining"
-    SERVING = "serving"
-    VOID = "void"
-    STOPPED = "stopped"
-
-
-_MOVES = transition_table(
-    {
-        RankState.STANDBY: {RankState.JOINING, RankState.STOPPED},
-        RankState.JOINING: {RankState.STANDBY, RankState.SERVING, RankState.STOPPED},
-        RankState.SERVING: {RankState.VOID, RankState.STANDBY, RankState.STOPPED},
-        RankState.VOID: {RankState.SERVING, RankState.JOINING, RankState.STANDBY, RankState.STOPPED},
-        RankState.STOPPED: set(),
-    }
-)
-
-
-@dataclass(slots=True)
-class _Preparation:
-    """A view that comes next if all get ready. ``ready``: a member has seen every newcomer's first header, and, where
-    there is none, holds the experts of its placement."""
-
-    view: View
-    base_epoch: Epoch
-    mapped: bool = False
-    ready: bool = False
 
 
 class Membership:
     """Attributes may be read from other threads; events come from one."""
 
     def __init__(self, process: ProcessId, lonely_s: float, now: float) -> None:
-        self._process, self.lonely_s = process, lonely_s
-        self._machine = StateMachine(f"rank of {process}", _MOVES, RankState.STANDBY, now)
+        self._process, self.loneliness = process, Loneliness(lonely_s, now)
+        self._machine = StateMachine(f"rank of {process}", MOVES, RankState.STANDBY, now)
         self.rank: Rank = NO_RANK
         self.incarnation = Incarnation(0)
         self.view: View | None = None
@@ -88,14 +56,12 @@ class Membership:
         self.is_distrusted = False  # nothing in this process's memory counts any more: it waits for its end
         self.num_stale = 0
         self._next: View | None = None
-        self._preparation: _Preparation | None = None
+        self._preparation: Preparation | None = None
         self.next_placement = NextPlacement()
         # Slots given back are never taken again, whatever older words say: a process that was stopped may find the
         # Prepare of a slot behind the view that took it away, and by then another writes as that slot.
         self._last_incarnation = Incarnation(0)
         self._retry_at = 0.0
-        self._last_sign = now  # of the monitor, or a completed header round
-        self._looked_at = now
 
     @property
     def state(self) -> RankState:
@@ -142,14 +108,11 @@ class Membership:
         return self._machine.story()
 
     def on_sign_of_monitor(self, now: float) -> None:
-        self._last_sign = max(self._last_sign, now)
+        self.loneliness.on_sign(now)
 
     def is_lonely(self, now: float) -> bool:
         """Neither the monitor nor a header round for too long (PROTOCOL 5.1). To be asked often, in waits too."""
-        if now - self._looked_at > _STOOD_STILL * self.lonely_s:
-            self.on_sign_of_monitor(now)
-        self._looked_at = now
-        return self.is_member and now - self._last_sign > self.lonely_s
+        return self.loneliness.look(now) and self.is_member
 
     def on_term(self, term: int) -> None:
         """A monitor of a new term knows nothing of what the last one prepared. A newcomer that has written its first
@@ -222,7 +185,7 @@ class Membership:
                 return []
             actions = self._take_slot(me.rank, me.incarnation, now)
         self._drop_preparation()
-        self._preparation = _Preparation(view, base_epoch)
+        self._preparation = Preparation(view, base_epoch)
         self._retry_at = now + RETRY_S
         if self._is_migration(view) and self.next_placement.want(view.placement):
             actions.append(StageExperts(view.placement))
@@ -294,7 +257,7 @@ class Membership:
     def on_clean_round(self, next_epoch: Epoch, now: float) -> list[Action]:
         """``next_epoch``: all headers of the round said ready for it; 0 = they did not."""
         assert self.state is RankState.SERVING, f"a clean round while {self.state.value}"
-        self._last_sign = max(self._last_sign, now)
+        self.loneliness.on_sign(now)
         preparation = self._preparation
         if not next_epoch or preparation is None:
             return []
@@ -375,7 +338,7 @@ class Membership:
         # A view that was formed grows from no epoch: roll calls of a group before it are none of its business.
         self.view, self.base_epoch = view, base_epoch or view.epoch
         self.next_placement.forget()
-        self._last_sign = now
+        self.loneliness.on_sign(now)
         # In band too: a join may repair orphans into slots of old members. Not earlier: until the round has ended, the
         # others may send rows for what a slot held before.
         return [LoadExperts(view), Adopt(view, in_band)]

@@ -40,7 +40,8 @@ from services.decode.actions import Action, OwnAction, Send
 from services.decode.configured_rank import ConfiguredRank
 from services.decode.cut_links import CutLinks
 from services.decode.interrupts import Interrupts
-from services.decode.membership import Membership, RankState
+from services.decode.membership import Membership
+from services.decode.rank_state import RankState
 from services.decode.rank_status import RankStatus
 from services.decode.stream_inbox import Inbox, Incoming
 
@@ -196,7 +197,7 @@ class Stream:
                 config, self._heap_dir, self._process, membership, pace, self._link_fault, clock
             )
         self._rank.delivery.on_message(self._process, directory, (), clock())
-        membership.lonely_s = config.decode.lonely_s
+        membership.loneliness.limit_s = config.decode.lonely_s
 
     def _inject(self, rank: ConfiguredRank, inject: Inject, now: float) -> None:
         """Between two rounds: what this rank has sent is whole, and it owes nothing."""

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from common.ids import ProcessId
-from services.decode.membership import RankState
+from services.decode.rank_state import RankState
 from services.decode.stream import Stream
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from common.ids import NO_RANK, ProcessId, Rank, RequestId
 from common.messages import Message, RollAnswer, TokenBatch, View, VoidReport
 from common.view import digest, orphans, ranks
-from services.decode.membership import RankState
+from services.decode.rank_state import RankState
 from services.monitor.slots import SlotState
 from services.monitor.takeover import Phase
 from services.router.request_actions import Deliver

@@ -19,7 +19,8 @@ from services.decode.actions import (
     SayHello,
     Tell,
 )
-from services.decode.membership import RETRY_S, Membership, RankState
+from services.decode.membership import RETRY_S, Membership
+from services.decode.rank_state import RankState
 from services.decode.rank_status import RankStatus
 
 ME = ProcessId("decode-me")

@@ -33,7 +33,8 @@ from common.messages import (
 from common.obedience import Obedience
 from common.view import digest, orphans, ranks
 from services.decode import actions as rank_actions
-from services.decode.membership import Membership, RankState
+from services.decode.membership import Membership
+from services.decode.rank_state import RankState
 from services.decode.rank_status import RankStatus
 from services.monitor.actions import Action, Emit, Exit, Publish, Send
 from services.monitor.monitor import Monitor
