@@ -1,6 +1,6 @@
 """Decode rounds without services: model, exchange and sampling of each rank in a process of its own, nothing else.
 
-    python -m benchmarks.rounds [--model DIR] [--ranks 4] [--streams 32] [--seconds 5]
+    python -m benchmarks.rounds [--model DIR] [--ranks 4] [--streams 32] [--seconds 5] [--policy hash]
 
 The upper bound of what serving can reach, and where to look when the data path itself is slow: prints tokens per
 second, and per round the processor time of a rank and how long it waited for others.
@@ -25,7 +25,8 @@ from common.model.checkpoint import Checkpoint
 from common.model.model import Batch, Model
 from common.model.token_choice import choose
 from common.pace import Pace
-from common.placement import ReplicaChoice, initial_placement, num_local_experts
+from common.placement import initial_placement, num_local_experts
+from common.replica_choice import ReplicaChoice
 from kernels.reference import ElasticGroup
 from kernels.symmetric_memory.shm import ShmProvider
 from services.decode.elastic_exchange import ElasticExchange
@@ -38,7 +39,7 @@ _DEADLINE_S = 30.0
 
 @torch.inference_mode()
 def run_rank(
-    rank: int, num_ranks: int, num_streams: int, seconds: float, model_dir: str, directory: str
+    rank: int, num_ranks: int, num_streams: int, seconds: float, model_dir: str, directory: str, policy: ReplicaPolicy
 ) -> tuple[int, float, float, float]:
     """Number of rounds, seconds of wall clock, of processor, of waiting."""
     torch.set_num_threads(1)
@@ -69,7 +70,7 @@ def run_rank(
     group = ElasticGroup(layout, heap, rank, deadline_s=_DEADLINE_S)
     map_peers(group, provider, Path(directory), num_ranks)
     group.adopt(1, members, digest=1)
-    exchange.enter(group, ReplicaChoice(placement, members, num_experts, rank, ReplicaPolicy.GATHER))
+    exchange.enter(group, ReplicaChoice(placement, members, num_experts, rank, policy))
 
     count = num_streams // num_ranks
     width = -(-_LIMIT // decode.block_size)
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--policy", type=ReplicaPolicy, choices=list(ReplicaPolicy), default=ReplicaPolicy.HASH)
     arguments = parser.parse_args()
     origin = provenance()
     ranks, streams = arguments.ranks, arguments.streams
@@ -115,7 +117,8 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="regrow-rounds-", dir="/dev/shm") as directory,
         multiprocessing.get_context("spawn").Pool(ranks) as pool,
     ):
-        work = [(rank, ranks, streams, arguments.seconds, str(arguments.model), directory) for rank in range(ranks)]
+        same = ranks, streams, arguments.seconds, str(arguments.model), directory, arguments.policy
+        work = [(rank, *same) for rank in range(ranks)]
         results = pool.starmap_async(run_rank, work, chunksize=1).get(timeout=arguments.seconds + 4 * _DEADLINE_S)
     num_rounds, wall_s, processor_s, wait_s = (sum(values) / ranks for values in zip(*results, strict=True))
     figures = {

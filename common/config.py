@@ -22,7 +22,7 @@ class ReplicaPolicy(StrEnum):
     LOCAL_FIRST: its own copy if it has one, else all by hash. HASH: all by hash. REMOTE_FIRST: all but its own by hash;
     moves load away from a rank that is behind. STATIC: one copy, such that the ranks divide evenly over the copies.
     GATHER: one copy, the same for all ranks, such that each rank serves about as many experts: the rows of an expert
-    come together, where a row block costs the same with one row as with all (`common.model.row_blocks`).
+    come together, which saves work where a few rows cost as much as many; but copies then even out nothing.
     """
 
     LOCAL_FIRST = "local_first"
@@ -117,7 +117,7 @@ class PlannerConfig(_Section, frozen=True):
     max_moves_per_layer: int = 16
     least_gain: float = 0.05  # in balancedness, that a plan must promise
     drift: float = 0.05  # or how far balancedness has fallen since the last plan
-    replica_policy: ReplicaPolicy = ReplicaPolicy.GATHER  # which copy of an expert a token goes to
+    replica_policy: ReplicaPolicy = ReplicaPolicy.HASH  # which copy of an expert a token goes to
     bandwidth_bytes_per_s: float = 64e6  # that copying may take of each rank
     stage_timeout_s: float = 300.0  # a migration that is not copied by then is abandoned
     plan_deadline_s: float = 5.0  # a plan that takes longer is dropped

@@ -1,4 +1,4 @@
-"""Which expert lies in which slot, and which copy a token goes to. Pure; numpy only.
+"""Which expert lies in which slot. Pure; numpy only.
 
 The map is ``physical_to_logical[layer][rank][local]``: a logical expert, or -1 for an empty expert slot. ``rank`` runs
 over all max_ranks slots, members or not. Three rules hold for whatever this module returns:
@@ -7,11 +7,10 @@ over all max_ranks slots, members or not. Three rules hold for whatever this mod
 * a repair moves orphans only, and only into slots that are empty or whose expert keeps another live copy;
 * equal arguments give equal results, in every process.
 
-Shapes: L mixture-of-experts layers, E logical experts, T tokens, K experts of one token.
+Shapes: L mixture-of-experts layers, E logical experts.
 """
 
 import heapq
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from common.config import DecodeConfig, ReplicaPolicy
+from common.config import DecodeConfig
 
 PhysicalToLogical = tuple[tuple[tuple[int, ...], ...], ...]
 IntArray = npt.NDArray[np.int64]
@@ -28,9 +27,6 @@ IntArray = npt.NDArray[np.int64]
 EMPTY = -1
 # Any two ranks may be lost before a repair has been made.
 AUTOMATIC_COPIES = 3
-# Columns of the replica table: a power of two, so that a hash is cut by a mask; large enough to split a load by 3 or 5
-# within a few percent.
-_NUM_COLUMNS = 64
 
 
 def num_local_experts(decode: DecodeConfig, num_logical_experts: int) -> int:
@@ -207,111 +203,3 @@ def _with_moves(rows: tuple[tuple[int, ...], ...], moves: list[Move]) -> tuple[t
     for move in moves:
         changed[move.rank][move.local] = move.logical_expert
     return tuple(tuple(changed[rank]) if rank in changed else row for rank, row in enumerate(rows))
-
-
-class ReplicaChoice:
-    """Where the tokens of one rank go under one view: a local copy if there is one, else a live copy by hash.
-
-    Built once per view, asked once per layer and round. Another ``policy`` may be given, and a rank to ``avoid`` where
-    there is another live copy. Every choice gives the same tokens; only where they are computed differs.
-    """
-
-    def __init__(
-        self,
-        physical_to_logical: PhysicalToLogical,
-        members: Sequence[int],
-        num_logical_experts: int,
-        own_rank: int,
-        policy: ReplicaPolicy = ReplicaPolicy.LOCAL_FIRST,
-        avoid: int | None = None,
-    ) -> None:
-        order = sorted(members)
-        self._tables = []
-        for rows in physical_to_logical:
-            places_E = [
-                _preferred(places, order, own_rank, policy, avoid)
-                for places in _places(rows, order, num_logical_experts)
-            ]
-            self._tables.append(_replica_table(_gathered(places_E) if policy is ReplicaPolicy.GATHER else places_E))
-
-    def choose(
-        self, layer: int, logical_TK: npt.NDArray[np.integer], hash_T: npt.NDArray[np.integer]
-    ) -> tuple[IntArray, IntArray]:
-        """(rank_TK, local_TK), int64; -1 and -1 for an expert without live copy.
-
-        ``hash_T`` spreads tokens over copies; its low six bits must be well mixed, positions or counters are.
-        """
-        rank_table, local_table = self._tables[layer]
-        index_TK = logical_TK * _NUM_COLUMNS + (hash_T & (_NUM_COLUMNS - 1))[:, None]
-        return rank_table.take(index_TK), local_table.take(index_TK)
-
-
-def _places(
-    rows: tuple[tuple[int, ...], ...], members: list[int], num_logical_experts: int
-) -> list[list[tuple[int, int]]]:
-    """(rank, local) of the live copies of each expert."""
-    copies: list[list[tuple[int, int]]] = [[] for _ in range(num_logical_experts)]
-    for rank in members:
-        for local, expert in enumerate(rows[rank]):
-            if expert != EMPTY:
-                copies[expert].append((rank, local))
-    return copies
-
-
-def _preferred(
-    places: list[tuple[int, int]], members: list[int], own_rank: int, policy: ReplicaPolicy, avoid: int | None
-) -> list[tuple[int, int]]:
-    places = [place for place in places if place[0] != avoid] or places
-    own = [place for place in places if place[0] == own_rank]
-    match policy:
-        case ReplicaPolicy.LOCAL_FIRST:
-            return own[:1] or places
-        case ReplicaPolicy.HASH | ReplicaPolicy.GATHER:
-            return places
-        case ReplicaPolicy.REMOTE_FIRST:
-            return [place for place in places if place[0] != own_rank] or places
-        case ReplicaPolicy.STATIC:
-            return places and [places[bisect_left(members, own_rank) % len(places)]]
-
-
-def _gathered(places_E: list[list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
-    """One of each expert's places: experts with the fewest copies first, each to the rank that serves fewest so far."""
-    num_served: Counter[int] = Counter()
-    gathered: list[list[tuple[int, int]]] = [[] for _ in places_E]
-    for expert in sorted(range(len(places_E)), key=lambda expert: (len(places_E[expert]), expert)):
-        if places_E[expert]:
-            place = min(places_E[expert], key=lambda place: (num_served[place[0]], place))
-            num_served[place[0]] += 1
-            gathered[expert] = [place]
-    return gathered
-
-
-def _replica_table(places_E: list[list[tuple[int, int]]]) -> tuple[IntArray, IntArray]:
-    """Two flat tables [E * columns]: rank and local of the copy that serves (expert, column)."""
-    table = np.full((len(places_E), _NUM_COLUMNS, 2), -1, dtype=np.int64)
-    columns = np.arange(_NUM_COLUMNS)
-    for expert, places in enumerate(places_E):
-        if places:
-            # Shifted by the expert, so that one token's experts with equal holders do not all go to the same one.
-            table[expert] = np.array(places)[(columns + expert) % len(places)]
-    return np.ascontiguousarray(table[:, :, 0]).ravel(), np.ascontiguousarray(table[:, :, 1]).ravel()
-
-
-def balancedness(
-    load_LE: npt.NDArray[np.float64], physical_to_logical: PhysicalToLogical, members: Sequence[int]
-) -> float:
-    """Sum over layers of the mean rank load / sum over layers of the largest: 1.0 = even, 1 / num_members = worst.
-
-    An expert's load is split evenly over its live copies; loads of orphans count nowhere. 1.0 where there is no load.
-    """
-    mean = largest = 0.0
-    for load_E, rows in zip(load_LE, physical_to_logical, strict=True):
-        held = [np.array([expert for expert in rows[rank] if expert != EMPTY], dtype=np.int64) for rank in members]
-        if not held:
-            continue
-        num_copies_E = np.bincount(np.concatenate(held), minlength=len(load_E))
-        share_E = load_E / np.maximum(num_copies_E, 1)
-        rank_loads = [float(share_E[experts].sum()) for experts in held]
-        mean += sum(rank_loads) / len(rank_loads)
-        largest += max(rank_loads)
-    return mean / largest if largest > 0 else 1.0

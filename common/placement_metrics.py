@@ -7,7 +7,9 @@ from prometheus_client import CollectorRegistry, Gauge
 
 # Key of the status, name and text of the metric.
 _PLAIN = {
-    "balancedness": ("balancedness", "Mean rank load / largest, over all layers, of the loads of late; 1 is even"),
+    "balancedness": ("balancedness", "Mean / largest of what ranks have computed in this epoch, all layers; 1 is even"),
+    "foretold_balancedness": ("foretold_balancedness", "The same, had the loads of late met the placement in force"),
+    "served_entries": ("served_entries", "(token, expert) pairs that the balancedness was measured on; 0: foretold"),
     "moved_experts": ("moved_experts", "Experts loaded by migrations that came into force"),
     "expert_bytes_copied": ("copied_bytes", "Expert weights copied by the ranks that serve now"),
     "experts_from_checkpoint": ("checkpoint_reads", "Experts that no live copy could be read for"),

@@ -1,6 +1,6 @@
 """What the planner hears and wishes."""
 
-from common.ids import Incarnation, ProcessId, Rank
+from common.ids import Epoch, Incarnation, ProcessId, Rank
 from common.messages.tagged import TaggedStruct
 
 
@@ -13,6 +13,9 @@ class ExpertLoad(TaggedStruct, frozen=True):
     tokens: tuple[tuple[int, ...], ...]
     num_passes: int = 0  # forward passes in which they were routed
     compute_s: float = 0.0  # time that these passes took
+    epoch: Epoch = Epoch(0)  # that the following was counted in
+    served: tuple[int, ...] = ()  # by layer: (token, expert) entries that this rank computed, of all ranks' tokens
+    served_passes: int = 0  # forward passes that these came in
 
 
 class PlacementPlan(TaggedStruct, frozen=True):

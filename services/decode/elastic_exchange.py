@@ -12,9 +12,10 @@ from torch import Tensor
 
 from common.model.experts import VoidRound, expert_rows
 from common.pace import Pace
-from common.placement import ReplicaChoice
+from common.replica_choice import ReplicaChoice
 from kernels.reference import ElasticGroup
 from services.decode.expert_slots import ExpertSlots
+from services.decode.load_counts import LoadCounts
 
 
 class ElasticExchange:
@@ -37,15 +38,17 @@ class ElasticExchange:
         self._has_orphans = False
         self._missed_T: npt.NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
         self.num_operations = 0
-        self.load_LE: npt.NDArray[np.int64] = np.zeros((len(moe_layers), num_logical_experts), dtype=np.int64)
+        self.load = LoadCounts(len(moe_layers), num_logical_experts)
 
     def enter(self, group: ElasticGroup, choice: ReplicaChoice, has_orphans: bool = False) -> None:
         self._group, self._choice, self._has_orphans = group, choice, has_orphans
+        self.load.on_epoch()
 
     def begin(self, num_tokens: int) -> npt.NDArray[np.bool_]:
         """Before each forward pass. Which of its tokens were routed to an expert without live copy is noted in what
         this returns; such an expert adds nothing to a token, and the weights of its others stay as they are."""
         self._missed_T = np.zeros(num_tokens, dtype=np.bool_)
+        self.load.on_pass()
         return self._missed_T
 
     def run(self, layer: int, x_TH: Tensor, topk_expert_TK: Tensor, topk_weight_TK: Tensor) -> Tensor:
@@ -77,7 +80,7 @@ class ElasticExchange:
             raise VoidRound
         self.num_operations += 1
         self._pace.resume()
-        self.load_LE[moe_layer] += np.bincount(logical_TK.ravel(), minlength=self.load_LE.shape[1])
+        self.load.on_layer(moe_layer, logical_TK, received.num_entries)
         return out_TH
 
 

@@ -23,7 +23,8 @@ from common.model.kv_cache import write_kv
 from common.model.model import Batch, Model
 from common.model.token_choice import choose, prompt_logprobs
 from common.pace import Pace
-from common.placement import ReplicaChoice, num_local_experts
+from common.placement import num_local_experts
+from common.replica_choice import ReplicaChoice
 from common.view import digest, orphans, ranks
 from kernels.epoch_state import CLEAN
 from kernels.heap_layout import ALIGNMENT_BYTES
@@ -33,6 +34,7 @@ from kernels.symmetric_memory.base import HeapError, SymmetricHeap
 from kernels.symmetric_memory.shm import ShmProvider
 from services.decode.elastic_exchange import ElasticExchange
 from services.decode.expert_slots import ExpertSlots
+from services.decode.load_counts import CountedLoad
 from services.decode.rank_heap import PeerHeaps, heap_name, rank_heap_layout
 from services.decode.request import Admission, Computed, RequestLimits, Step
 from services.decode.round_header import NEWCOMER_HEADER, RoundHeader
@@ -247,13 +249,9 @@ class RankEngine:
         heap_U8[:ALIGNMENT_BYTES].zero_()
         return f"overwrote {' and '.join(texts)} in {heap_name(self._process, self._life)}"
 
-    def take_load(self) -> tuple[tuple[int, ...], ...] | None:
-        """Tokens routed to each expert since the last call; None without a life."""
-        if self._exchange is None:
-            return None
-        load = tuple(tuple(row) for row in self._exchange.load_LE.tolist())
-        self._exchange.load_LE[:] = 0
-        return load
+    def take_load(self) -> CountedLoad | None:
+        """Since the last call; None without a life."""
+        return self._exchange.load.take() if self._exchange is not None else None
 
     def _open_group(self) -> ElasticGroup:
         assert self.group is not None, "no slot open"

@@ -261,7 +261,8 @@ class Stream:
             self._load_at = now + LOAD_S
             passes, seconds = self._rank.rounds.take_passes()
             slot, version = (membership.rank, membership.incarnation), view.placement.version
-            self._emit([ExpertLoad(*slot, version, load, passes, seconds)])
+            told = ExpertLoad(*slot, version, load.tokens, passes, seconds, view.epoch, load.served, load.served_passes)
+            self._emit([told])
 
     def _serve(self) -> None:
         """One round, or a part of the rest before it."""

@@ -31,7 +31,7 @@ from services.monitor.deafness import Deafness
 from services.monitor.directory import DirectoryKeeper
 from services.monitor.emptying import Emptying
 from services.monitor.event_log import EventLog
-from services.monitor.expert_load import LoadWindow
+from services.monitor.expert_load import ExpertBalance
 from services.monitor.expert_map import ExpertMap
 from services.monitor.failure_detector import FailureDetector
 from services.monitor.fault_desk import FaultDesk
@@ -110,7 +110,7 @@ class Monitor:
             self.id, config, self.counter, self.table, self.slots, self.group, self.joining, self.fences,
             self.membership, self._takeover, self.directory, self._outbox,
         )  # fmt: skip
-        self._load = LoadWindow(num_moe_layers, num_logical_experts)
+        self._load = ExpertBalance(num_moe_layers, num_logical_experts, config.planner.replica_policy)
         self._strangers = Strangers(self._outbox)
         self._status = ClusterStatus(
             self.sizing, myself, bus or {}, self.table, self.slots, self.group, self.directory,

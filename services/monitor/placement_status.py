@@ -5,7 +5,7 @@ from typing import Any
 from common.messages import View
 from common.placement import EMPTY
 from common.view import orphans, ranks
-from services.monitor.expert_load import LoadWindow
+from services.monitor.expert_load import ExpertBalance
 from services.monitor.group import Group
 from services.monitor.migration import Migration
 from services.monitor.processes import ProcessTable
@@ -15,7 +15,7 @@ _COPY_COUNTERS = ("experts_copied", "experts_from_checkpoint", "bad_expert_copie
 
 
 class PlacementStatus:
-    def __init__(self, group: Group, table: ProcessTable, load: LoadWindow, migration: Migration) -> None:
+    def __init__(self, group: Group, table: ProcessTable, load: ExpertBalance, migration: Migration) -> None:
         self._group, self._table, self._load, self._migration = group, table, load, migration
 
     def body(self) -> dict[str, Any]:
@@ -33,6 +33,8 @@ class PlacementStatus:
             "plans": max((counters.get("plans", 0) for counters in planners), default=0),
             "plan_s": max((counters.get("plan_us", 0) for counters in planners), default=0) / 1e6,
             "balancedness": 1.0,
+            "foretold_balancedness": 1.0,
+            "served_entries": 0,
             "layers": [],
         }
         if view is not None and view.members:
@@ -41,12 +43,10 @@ class PlacementStatus:
 
     def _of_view(self, view: View) -> dict[str, Any]:
         num_experts = self._group.experts.num_logical_experts
-        by_layer = self._load.balancedness_by_layer(view)
         return {
-            "balancedness": round(self._load.balancedness(view), 4),
-            "layers": [round(figure, 4) for figure in by_layer],
+            **self._load.figures(view),
             "orphans": len(orphans(view.placement, ranks(view), num_experts)),
-            "experts": num_experts * len(by_layer),
+            "experts": num_experts * len(view.placement.physical_to_logical),
             "covered_experts": _num_covered(view),
         }
 

@@ -19,8 +19,9 @@ import numpy as np
 from common.config import ClusterConfig
 from common.ids import ProcessId
 from common.messages import ExpertLoad, PlacementPlan, View
-from common.placement import PhysicalToLogical, balancedness, num_staging_experts
+from common.placement import PhysicalToLogical, num_staging_experts
 from common.placement_steps import next_step
+from common.replica_choice import balancedness
 from common.view import ranks
 from services.planner.cluster_shape import Budget, FloatArray
 from services.planner.load_window import LoadWindow
@@ -118,7 +119,8 @@ class Balancer:
             return None
         self._is_asking = True
         budget = Budget(planner.max_moves, planner.max_moves_per_layer)
-        return Question(view, self._window.load(), self._shape.num_groups, planner.policy, budget)
+        groups = self._shape.num_groups
+        return Question(view, self._window.load(), groups, planner.policy, budget, planner.replica_policy)
 
     def on_answer(self, answer: Answer | None, now: float) -> Verdict | None:
         """None: it was not there in time."""
@@ -152,7 +154,8 @@ class Balancer:
         if view is None or not view.members or not load_LE.any():
             return None
         version = view.placement.version
-        figure = round(balancedness(load_LE, view.placement.physical_to_logical, ranks(view)), 2)
+        rows, policy = view.placement.physical_to_logical, self._config.planner.replica_policy
+        figure = round(balancedness(load_LE, rows, ranks(view), policy), 2)
         if (version, figure) == self._last_told:
             return None
         self._last_told = version, figure

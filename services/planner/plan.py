@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.config import DecodeConfig
+from common.config import DecodeConfig, ReplicaPolicy
 from common.ids import ProcessId
 from common.messages import PlacementPlan, View
-from common.placement import PhysicalToLogical, balancedness, initial_placement, num_local_experts
+from common.placement import PhysicalToLogical, initial_placement, num_local_experts
 from common.placement_file import Loads, PlacementFile
 from common.placement_steps import moves_to
+from common.replica_choice import balancedness
 from common.view import ranks
 from services.planner.cluster_shape import Budget, ClusterShape, FloatArray
 from services.planner.placement_array import to_tuples
@@ -21,13 +22,15 @@ from services.planner.policies import policy_named
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """``load_LE``: tokens of the window. ``num_groups``: groups of experts that a token chooses among first."""
+    """``load_LE``: tokens of the window. ``num_groups``: groups of experts that a token chooses among first.
+    ``replica_policy``: how tokens find their copies, which decides what the ranks bear under a placement."""
 
     view: View
     load_LE: FloatArray
     num_groups: int
     policy: str
     budget: Budget
+    replica_policy: ReplicaPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +62,8 @@ def answer(question: Question) -> Answer:
     return Answer(
         view.placement.version,
         planned,
-        balancedness(load_LE, present, members),
-        balancedness(load_LE, planned, members),
+        balancedness(load_LE, present, members, question.replica_policy),
+        balancedness(load_LE, planned, members, question.replica_policy),
         len(moves_to(present, planned, members)),
     )
 

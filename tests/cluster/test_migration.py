@@ -39,13 +39,15 @@ num_redundant_experts = 16
 bandwidth_bytes_per_s = 15e3
 step_interval = 1000000
 """
+# Measured on so many (token, expert) pairs, balance is known within a hundredth or so.
+ENOUGH_ENTRIES = 4000
 # The loads of a second or two of traffic decide.
 QUICK = """
 [decode]
 num_redundant_experts = 8
 [planner]
-window_size = 80
-step_interval = 40
+window_size = 160
+step_interval = 80
 """
 
 
@@ -209,7 +211,8 @@ async def test_an_exported_placement_is_reached_again(slow: Cluster, tmp_path: P
 
 
 async def test_balance_follows_the_traffic(tmp_path: Path) -> None:
-    """First one kind of task, then another; seen on /cluster and on /metrics."""
+    """First one kind of task, then another: what the ranks really compute becomes more even, under the settings that
+    ship; seen on /cluster and on /metrics."""
     cluster = Cluster(tmp_path / "run", "--decode-ranks", "4", model=EMBEDDED_MODEL, config=QUICK)
     try:
         cluster.wait_ready()
@@ -220,6 +223,8 @@ async def test_balance_follows_the_traffic(tmp_path: Path) -> None:
                 assert time.monotonic() < started + 100.0, f"{kind}: {status['placement']}\n{cluster.logs()}"
                 await stream_all(cluster.url, task_bodies(kind))
                 status = await cluster.fetch_status()
+                if status["placement"]["served_entries"] < ENOUGH_ENTRIES:
+                    continue  # foretold, or measured on next to nothing
                 figure = status["placement"]["balancedness"]
                 least = min(least, figure)
                 if status["placement"]["moved_experts"] > moved and figure > least + 0.02:

@@ -12,12 +12,11 @@ from common.config import DecodeConfig
 from common.placement import (
     Move,
     PhysicalToLogical,
-    ReplicaChoice,
-    balancedness,
     initial_placement,
     num_local_experts,
     repair,
 )
+from common.replica_choice import ReplicaChoice, balancedness
 
 
 def copies_of(placement: PhysicalToLogical, layer: int, expert: int) -> list[int]:

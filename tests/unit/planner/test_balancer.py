@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from common.config import ClusterConfig, DecodeConfig, PlannerConfig
+from common.config import ClusterConfig, DecodeConfig, PlannerConfig, ReplicaPolicy
 from common.ids import Epoch, Incarnation, ProcessId, Rank
 from common.messages import ExpertLoad, Member, Placement, View
 from common.placement import PhysicalToLogical, initial_placement, num_local_experts
@@ -17,7 +17,8 @@ from services.planner.rebalance_trigger import Verdict
 PLANNER = ProcessId("planner-a")
 NUM_EXPERTS, NUM_LAYERS = 8, 2
 DECODE = DecodeConfig(num_ranks=2, max_ranks=3, num_redundant_experts=2, num_staging_experts=2)
-CONFIG = ClusterConfig(decode=DECODE, planner=PlannerConfig(window_size=40, step_interval=20, least_gain=0.01))
+SETTINGS = PlannerConfig(window_size=40, step_interval=20, least_gain=0.01, replica_policy=ReplicaPolicy.HASH)
+CONFIG = ClusterConfig(decode=DECODE, planner=SETTINGS)
 # Most of it on the first rank, with the placement that knows no loads.
 SKEWED = ((5, 5, 90, 5, 90, 5, 90, 5), (5, 5, 5, 90, 5, 90, 5, 90))
 EVEN = ((10,) * NUM_EXPERTS,) * NUM_LAYERS
@@ -77,6 +78,16 @@ def test_a_target_is_reached_in_steps_that_fit() -> None:
     figures = life.balancer.assess()
     assert figures is not None and figures["balancedness"] > 0.9
     assert Verdict.REBALANCE not in life.seconds(SKEWED, 4), "what has been reached is even enough"
+
+
+def test_what_the_policy_of_copies_makes_useless_is_not_wished_for() -> None:
+    """The same traffic and the same plan; but no copy more takes anything off the one that serves."""
+    one_busy = ((5, 5, 600, 5, 5, 5, 5, 5),) * NUM_LAYERS
+    even, gathered = Life(), Life(replace(CONFIG, planner=replace(CONFIG.planner, replica_policy=ReplicaPolicy.GATHER)))
+    for life in (even, gathered):
+        life.seconds(one_busy, 8)
+    assert even.balancer.wish is not None and even.balancer.wish.balancedness > 0.9
+    assert gathered.balancer.wish is None and gathered.balancer.last_verdict is Verdict.EVEN_ENOUGH
 
 
 @pytest.mark.parametrize("tokens", [((0,) * NUM_EXPERTS,) * NUM_LAYERS, EVEN])
