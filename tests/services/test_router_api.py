@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
@@ -10,6 +9,7 @@ import openai
 import pytest
 
 from common.messages import Sampling
+from tests.services.api_calls import PROMPT, get, post
 from tests.services.fake_cluster import (
     TOKENIZER,
     FakeCluster,
@@ -22,10 +22,8 @@ from tests.services.fake_cluster import (
     until,
 )
 
-PROMPT = [10, 11, 12, 13]
 KEY = tuple(PROMPT)
 OTHER = [20, 21]
-CHAT = [{"role": "user", "content": "hi"}]
 
 
 def _samplings(cluster: FakeCluster) -> list[Sampling]:
@@ -34,11 +32,6 @@ def _samplings(cluster: FakeCluster) -> list[Sampling]:
 
 def _texts(ids: list[int]) -> list[str]:
     return [TOKENIZER.decode([id]) for id in ids]
-
-
-async def _post(url: str, body: object, headers: dict[str, str] | None = None) -> tuple[int, Any, Mapping[str, str]]:
-    async with aiohttp.ClientSession() as session, session.post(url, json=body, headers=headers) as response:
-        return response.status, await response.json(), response.headers
 
 
 async def test_choices_of_a_batch_are_numbered_through_and_seeded_by_prompt() -> None:
@@ -225,7 +218,7 @@ async def test_what_ended_a_choice_is_told() -> None:
         first = next(index for index in range(8) if token(KEY, index) == own)
 
         async def end(**fields: object) -> tuple[str, str, object]:
-            _, answer, _ = await _post(url, {"prompt": PROMPT, "max_tokens": 20, **fields})
+            _, answer, _ = await post(url, {"prompt": PROMPT, "max_tokens": 20, **fields})
             (choice,) = answer["choices"]
             return choice["text"], choice["finish_reason"], choice["stop_reason"]
 
@@ -287,113 +280,18 @@ async def test_choices_are_accepted_together_or_not_at_all() -> None:
     async with fake_cluster(num_decodes=1, max_queued=4) as cluster:
         cluster.decodes[0].paused = True
         url = f"{cluster.url}/v1/completions"
-        run = asyncio.create_task(_post(url, {"prompt": PROMPT, "n": 3, "max_tokens": 2}))
+        run = asyncio.create_task(post(url, {"prompt": PROMPT, "n": 3, "max_tokens": 2}))
         await until(lambda: len(cluster.decodes[0].rows) == 3)
-        listed = await _get(f"{cluster.url}/requests")
+        listed = await get(f"{cluster.url}/requests")
         assert [entry["num_prompt_tokens"] for entry in listed["requests"]] == [4, 4, 4]
-        assert (await _post(url, {"prompt": PROMPT, "n": 2}))[0] == 429
+        assert (await post(url, {"prompt": PROMPT, "n": 2}))[0] == 429
         for body, param in (({"prompt": PROMPT, "n": 5}, "n"), ({"prompt": [[5]] * 5}, "prompt")):
-            status, answer, _ = await _post(url, body)
+            status, answer, _ = await post(url, body)
             assert (status, answer["error"]["param"]) == (400, param)
         assert len(cluster.decodes[0].rows) == 3
         cluster.decodes[0].paused = False
         status, answer, _ = await run
         assert (status, len(answer["choices"])) == (200, 3)
         assert f"cmpl-{listed['requests'][0]['id']}" == answer["id"]
-        assert (await _get(f"{cluster.url}/requests"))["requests"] == []
+        assert (await get(f"{cluster.url}/requests"))["requests"] == []
         assert listed["router"].startswith("router-0-")
-
-
-async def _get(url: str) -> Any:
-    async with aiohttp.ClientSession() as session, session.get(url) as response:
-        assert response.status == 200
-        return await response.json()
-
-
-async def test_requests_in_flight_are_listed_with_their_places() -> None:
-    async with fake_cluster(num_decodes=1) as cluster, cluster.client() as client:
-        cluster.decodes[0].pause_at = 5
-        stream = await client.completions.create(model="tiny-random", prompt=PROMPT, max_tokens=9, stream=True)
-        first = [await anext(stream) for _ in range(5)]
-        (entry,) = (await _get(f"{cluster.url}/requests"))["requests"]
-        assert f"cmpl-{entry.pop('id')}" == first[0].id
-        assert entry == {
-            "state": "decoding",
-            "attempt": 0,
-            "rank": 0,
-            "num_prompt_tokens": 4,
-            "num_output_tokens": 5,
-        }
-        await stream.close()
-
-
-async def test_text_and_tokens_go_both_ways() -> None:
-    async with fake_cluster(num_decodes=0) as cluster:
-        url = cluster.url
-        ids = TOKENIZER.encode("a bé")
-        _, tokens, _ = await _post(f"{url}/tokenize", {"prompt": "a bé", "return_token_strs": True})
-        spelled = [TOKENIZER.token(id) for id in ids]
-        assert tokens == {"count": len(ids), "max_model_len": 1024, "tokens": ids, "token_strs": spelled}
-        assert "".join(spelled) == "a\u0120b\u00c3\u00a9"
-        assert (await _post(f"{url}/detokenize", {"tokens": ids}))[1] == {"prompt": "a bé"}
-        chat = {"model": "tiny-random", "messages": CHAT}
-        assert (await _post(f"{url}/tokenize", chat))[1]["tokens"] == [0, 2, 75, 76, 3]
-        closed = {**chat, "add_generation_prompt": False}
-        assert (await _post(f"{url}/tokenize", closed))[1]["tokens"] == [0, 2, 75, 76]
-        assert (await _post(f"{url}/detokenize", {"tokens": [0, 2, 75]}))[1] == {"prompt": "<|bos|><|user|>h"}
-
-
-MISTAKES: list[tuple[str, dict[str, Any], int, str]] = [
-    ("tokenize", {}, 400, "prompt"),
-    ("tokenize", {"prompt": [1]}, 400, "prompt"),
-    ("tokenize", {"prompt": "x", "model": "gpt-9"}, 404, "model"),
-    ("tokenize", {"prompt": "x", "add_special_tokens": 1}, 400, "add_special_tokens"),
-    ("tokenize", {"messages": []}, 400, "messages"),
-    ("tokenize", {"messages": [{"role": "tool", "content": "x"}]}, 400, "messages"),
-    ("detokenize", {}, 400, "tokens"),
-    ("detokenize", {"tokens": "x"}, 400, "tokens"),
-    ("detokenize", {"tokens": [260]}, 400, "tokens"),
-    ("detokenize", {"tokens": [1], "model": "gpt-9"}, 404, "model"),
-    ("v1/completions", {"prompt": "x", "logit_bias": {"260": 1}}, 400, "logit_bias"),
-    ("v1/completions", {"prompt": "x", "min_tokens": 17}, 400, "min_tokens"),
-    ("v1/chat/completions", {"messages": CHAT, "top_logprobs": 2}, 400, "top_logprobs"),
-]
-
-
-async def test_mistakes_name_their_field() -> None:
-    async with fake_cluster(num_decodes=0) as cluster:
-        for path, body, status, param in MISTAKES:
-            got, answer, headers = await _post(f"{cluster.url}/{path}", body)
-            assert (got, answer["error"]["param"]) == (status, param), body
-            assert param in answer["error"]["message"] and headers["X-Request-Id"]
-
-
-async def test_ping_is_health() -> None:
-    async with fake_cluster(num_decodes=0) as cluster, aiohttp.ClientSession() as session:
-        for expected in (503, 200):
-            async with session.get(f"{cluster.url}/ping") as response:
-                assert response.status == expected
-            async with session.post(f"{cluster.url}/ping") as response:
-                assert response.status == expected
-            cluster.add_decode(0)
-            cluster.publish()
-            await until(lambda: cluster.beat is not None and cluster.beat.epoch == cluster.epoch)
-
-
-async def test_every_answer_names_its_request() -> None:
-    async with fake_cluster() as cluster:
-        url, body = f"{cluster.url}/v1/completions", {"prompt": PROMPT, "max_tokens": 2}
-        named = {"X-Request-Id": "mine-1"}
-        _, answer, headers = await _post(url, body, named)
-        assert headers["X-Request-Id"] == "mine-1"
-        _, answer, headers = await _post(url, body)
-        assert headers["X-Request-Id"] == answer["id"]
-        async with aiohttp.ClientSession() as session:
-            async with session.post(url, json={**body, "stream": True}, headers=named) as response:
-                assert response.headers["X-Request-Id"] == "mine-1"
-            async with session.get(f"{cluster.url}/v1/models", headers=named) as response:
-                assert response.headers["X-Request-Id"] == "mine-1"
-        _, _, headers = await _post(url, {"prompt": 3}, named)
-        assert headers["X-Request-Id"] == "mine-1"
-        ids = {(await _post(url, {"prompt": 3}, {"X-Request-Id": long}))[2]["X-Request-Id"] for long in ("x" * 200, "")}
-        assert len(ids) == 2 and all(0 < len(id) <= 128 for id in ids)

@@ -129,7 +129,7 @@ MUTANTS = (
             (_DELIVERY, "if message.num_tokens != num_tokens or (frames and not", "if (frames and not"),
         ),
         num_seeds=0,
-        by_test="tests/unit/decode/test_delivery.py",
+        by_test="tests/unit/decode/test_prompt_arrival.py",
     ),
     Mutant(
         "a-slot-given-out-before-its-process-is-gone",

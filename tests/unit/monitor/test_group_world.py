@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from tests.unit.monitor.group_world import Bad, World
+from tests.unit.monitor.group_nodes import Bad
+from tests.unit.monitor.group_world import World
 
 QUIET_S, SETTLED_S = 12.0, 70.0
 
