@@ -2,9 +2,11 @@
 
     python -m benchmarks.migration                   (make bench-migration)
 
-While a load generator in a process of its own keeps streams open, every second window asks the running cluster for one
-migration after the other: each rank takes some experts drawn at random. Gaps between tokens are compared between the
-two kinds of windows; every stream must equal the one of the run before the first window.
+While a load generator in a process of its own keeps streams open, every second window asks the running cluster for
+migrations: each rank takes some experts drawn at random, and ``--every-s`` after the last one was begun the next is
+asked for (0: as soon as the last is in force, far more often than any planner would). In the windows between, the
+cluster is asked the same questions as often, and nothing moves. Gaps between tokens are compared between the two kinds
+of windows; every stream must equal the one of the run before the first window.
 """
 
 import argparse
@@ -31,6 +33,7 @@ from services.cli.run_directory import monitor_address
 from services.cli.temporary_cluster import temporary_cluster
 
 MAX_TOKENS = 120
+_POLL_S, _GIVE_UP_S = 0.05, 10.0
 CONFIG = """
 [decode]
 num_redundant_experts = 16
@@ -57,18 +60,20 @@ def shuffled(view: View, num_moves: int, random: Random) -> PhysicalToLogical:
     return tuple(layers)
 
 
-async def migrate_until(talk: MonitorTalk, url: str, num_moves: int, end: float) -> None:
-    """One migration after the other, as fast as they are carried out."""
+async def ask_until(talk: MonitorTalk, url: str, num_moves: int, every_s: float, end: float) -> None:
+    """One migration after the other; without moves only the questions, which cost the machine something too."""
     random = Random(num_moves)
     while time.monotonic() < end:
+        started = time.monotonic()
         view = await asyncio.to_thread(talk.view)
-        talk.send(talk.plan(view, shuffled(view, num_moves, random)))
-        deadline = time.monotonic() + 10.0
-        while time.monotonic() < min(end, deadline):
+        if num_moves:
+            talk.send(talk.plan(view, shuffled(view, num_moves, random)))
+        while time.monotonic() < min(end, started + _GIVE_UP_S):
             placement = (await asyncio.to_thread(fetch_cluster, url))["placement"]
-            if placement["version"] > view.placement.version:
+            is_done = placement["version"] > view.placement.version or not num_moves
+            if is_done and time.monotonic() - started >= max(every_s, _POLL_S):
                 break
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(_POLL_S)
 
 
 def gaps_in(records: list[dict[str, Any]], window: tuple[float, float]) -> list[float]:
@@ -93,10 +98,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             for number in range(2 * arguments.windows):
                 start = time.monotonic()
                 end = start + arguments.window_s
-                if number % 2:
-                    asyncio.run(migrate_until(talk, url, arguments.moves, end))
-                else:
-                    time.sleep(arguments.window_s)
+                num_moves = arguments.moves if number % 2 else 0
+                asyncio.run(ask_until(talk, url, num_moves, arguments.every_s, end))
                 windows.append((bool(number % 2), (start, time.monotonic())))
             records = load.finish()
             placement = fetch_cluster(url)["placement"]
@@ -131,6 +134,8 @@ def summary(
             "largest_gap_ms": round(1e3 * float(flat.max()), 2),
             "p99_of_windows_ms": [round(1e3 * float(np.percentile(window, 99)), 2) for window in gaps],
         }
+    moving_s = sum(end - start for has_moves, (start, end) in windows if has_moves)
+    figures["migrations_per_s"] = round(placement["migrations"]["in_force"] / moving_s, 2)
     figures["p99_ratio"] = round(figures["with"]["gap_p99_ms"] / figures["without"]["gap_p99_ms"], 3)
     figures["largest_gap_difference_ms"] = round(
         figures["with"]["largest_gap_ms"] - figures["without"]["largest_gap_ms"], 2
@@ -150,13 +155,15 @@ def main() -> int:
     parser.add_argument("--calm-s", type=float, default=15.0, help="length of the run that streams are compared with")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--moves", type=int, default=4, help="experts that each rank gets in each layer, per migration")
+    parser.add_argument("--every-s", type=float, default=0.0, help="from one migration to the next; 0: back to back")
     parser.add_argument("--bandwidth-bytes-per-s", type=float, default=64e6)
     parser.add_argument("--model", type=Path, default=ROOT / "tests" / "fixtures" / "tiny-random")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/migration_cpu.json"))
     arguments = parser.parse_args()
     origin = provenance()
     figures = measure(arguments)
-    settings = {"windows": arguments.windows, "window_s": arguments.window_s, "streams": arguments.streams}
+    names = ("windows", "window_s", "streams", "moves", "every_s", "bandwidth_bytes_per_s")
+    settings = {name: getattr(arguments, name) for name in names}
     body = {**origin, "model": arguments.model.name, **settings, "figures": figures}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(body, indent=1) + "\n")

@@ -9,7 +9,9 @@ Shapes: L mixture-of-experts layers, E logical experts, T tokens, K experts of o
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -40,14 +42,10 @@ class ReplicaChoice:
         policy: ReplicaPolicy = ReplicaPolicy.LOCAL_FIRST,
         avoid: int | None = None,
     ) -> None:
-        order = sorted(members)
         self._tables = []
         for rows in physical_to_logical:
-            places_E = [
-                _preferred(places, order, own_rank, policy, avoid)
-                for places in _places(rows, order, num_logical_experts)
-            ]
-            self._tables.append(_replica_table(_gathered(places_E) if policy is ReplicaPolicy.GATHER else places_E))
+            copies = _Copies.live(rows, members, num_logical_experts).where(lambda copies: copies.rank_N != avoid)
+            self._tables.append(_replica_table(_preferred(copies, sorted(members), own_rank, policy)))
 
     def choose(
         self, layer: int, logical_TK: npt.NDArray[np.integer], hash_T: npt.NDArray[np.integer]
@@ -61,53 +59,83 @@ class ReplicaChoice:
         return rank_table.take(index_TK), local_table.take(index_TK)
 
 
-def _places(rows: Sequence[Sequence[int]], members: list[int], num_logical_experts: int) -> list[list[tuple[int, int]]]:
-    """(rank, local) of the live copies of each expert."""
-    copies: list[list[tuple[int, int]]] = [[] for _ in range(num_logical_experts)]
-    for rank in members:
-        for local, expert in enumerate(rows[rank]):
-            if expert != EMPTY:
-                copies[expert].append((rank, local))
-    return copies
+@dataclass(frozen=True, slots=True)
+class _Copies:
+    """Of one layer, by expert, then rank, then slot. ``num_E``: how many of each expert."""
+
+    expert_N: IntArray
+    rank_N: IntArray
+    local_N: IntArray
+    num_E: IntArray
+
+    @classmethod
+    def live(cls, rows: Sequence[Sequence[int]], members: Sequence[int], num_logical_experts: int) -> "_Copies":
+        order = sorted(members)
+        sizes = [len(rows[rank]) for rank in order]
+        expert_N = np.fromiter(chain.from_iterable(rows[rank] for rank in order), np.int64, sum(sizes))
+        rank_N = np.repeat(np.array(order, dtype=np.int64), sizes)
+        local_N = np.concatenate([np.arange(size) for size in sizes]) if sizes else expert_N
+        by_expert_N = np.argsort(expert_N, kind="stable")
+        by_expert_N = by_expert_N[int((expert_N == EMPTY).sum()) :]
+        return cls._of(expert_N[by_expert_N], rank_N[by_expert_N], local_N[by_expert_N], num_logical_experts)
+
+    @classmethod
+    def _of(cls, expert_N: IntArray, rank_N: IntArray, local_N: IntArray, num_logical_experts: int) -> "_Copies":
+        return cls(expert_N, rank_N, local_N, np.bincount(expert_N, minlength=num_logical_experts))
+
+    @property
+    def first_E(self) -> IntArray:
+        """Where the copies of an expert begin."""
+        return np.cumsum(self.num_E) - self.num_E
+
+    def only(self, kept_N: npt.NDArray[np.bool_] | IntArray) -> "_Copies":
+        return self._of(self.expert_N[kept_N], self.rank_N[kept_N], self.local_N[kept_N], len(self.num_E))
+
+    def where(self, wanted: "Callable[[_Copies], npt.NDArray[np.bool_]]") -> "_Copies":
+        """Those wanted; of an expert that has no such copy, all."""
+        wanted_N = np.broadcast_to(wanted(self), self.expert_N.shape)
+        has_wanted_E = np.bincount(self.expert_N[wanted_N], minlength=len(self.num_E)) > 0
+        return self.only(wanted_N | ~has_wanted_E[self.expert_N])
 
 
-def _preferred(
-    places: list[tuple[int, int]], members: list[int], own_rank: int, policy: ReplicaPolicy, avoid: int | None
-) -> list[tuple[int, int]]:
-    places = [place for place in places if place[0] != avoid] or places
-    own = [place for place in places if place[0] == own_rank]
+def _preferred(copies: _Copies, members: list[int], own_rank: int, policy: ReplicaPolicy) -> _Copies:
     match policy:
         case ReplicaPolicy.LOCAL_FIRST:
-            return own[:1] or places
-        case ReplicaPolicy.HASH | ReplicaPolicy.GATHER:
-            return places
+            return copies.where(lambda copies: copies.rank_N == own_rank)
+        case ReplicaPolicy.HASH:
+            return copies
         case ReplicaPolicy.REMOTE_FIRST:
-            return [place for place in places if place[0] != own_rank] or places
+            return copies.where(lambda copies: copies.rank_N != own_rank)
         case ReplicaPolicy.STATIC:
-            return places and [places[bisect_left(members, own_rank) % len(places)]]
+            place_E = bisect_left(members, own_rank) % np.maximum(copies.num_E, 1)
+            return copies.only((copies.first_E + place_E)[copies.num_E > 0])
+        case ReplicaPolicy.GATHER:
+            return _gathered(copies)
 
 
-def _gathered(places_E: list[list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
-    """One of each expert's places: experts with the fewest copies first, each to the rank that serves fewest so far."""
+def _gathered(copies: _Copies) -> _Copies:
+    """One of each expert: experts with the fewest copies first, each at the rank that serves fewest so far."""
     num_served: Counter[int] = Counter()
-    gathered: list[list[tuple[int, int]]] = [[] for _ in places_E]
-    for expert in sorted(range(len(places_E)), key=lambda expert: (len(places_E[expert]), expert)):
-        if places_E[expert]:
-            place = min(places_E[expert], key=lambda place: (num_served[place[0]], place))
-            num_served[place[0]] += 1
-            gathered[expert] = [place]
-    return gathered
+    rank_N, first_E, num_E = copies.rank_N.tolist(), copies.first_E.tolist(), copies.num_E.tolist()
+    kept = []
+    for expert in sorted(range(len(num_E)), key=lambda expert: (num_E[expert], expert)):
+        if num_E[expert]:
+            places = range(first_E[expert], first_E[expert] + num_E[expert])
+            kept.append(min(places, key=lambda place: (num_served[rank_N[place]], place)))
+            num_served[rank_N[kept[-1]]] += 1
+    return copies.only(np.array(sorted(kept), dtype=np.int64))
 
 
-def _replica_table(places_E: list[list[tuple[int, int]]]) -> tuple[IntArray, IntArray]:
+def _replica_table(copies: _Copies) -> tuple[IntArray, IntArray]:
     """Two flat tables [E * columns]: rank and local of the copy that serves (expert, column)."""
-    table = np.full((len(places_E), _NUM_COLUMNS, 2), -1, dtype=np.int64)
-    columns = np.arange(_NUM_COLUMNS)
-    for expert, places in enumerate(places_E):
-        if places:
-            # Shifted by the expert, so that one token's experts with equal holders do not all go to the same one.
-            table[expert] = np.array(places)[(columns + expert) % len(places)]
-    return np.ascontiguousarray(table[:, :, 0]).ravel(), np.ascontiguousarray(table[:, :, 1]).ravel()
+    place = np.full((len(copies.num_E), _NUM_COLUMNS), len(copies.rank_N), dtype=np.int64)
+    for num in set(copies.num_E.tolist()) - {0}:
+        experts = np.flatnonzero(copies.num_E == num)
+        # Shifted by the expert, so that one token's experts with equal holders do not all go to the same one.
+        turn = (np.arange(num)[:, None] + np.arange(_NUM_COLUMNS)) % num
+        place[experts] = copies.first_E[experts, None] + turn[experts % num]
+    flat = place.ravel()
+    return np.append(copies.rank_N, -1).take(flat), np.append(copies.local_N, -1).take(flat)
 
 
 def rank_loads(
@@ -122,38 +150,17 @@ def rank_loads(
     copies: of c copies among n ranks each serves its own 1/n of the tokens and (n - c) / (c n) of the others', which
     is 1/c, and remote-first likewise. Static gives each copy whole senders, and gather everything to one.
     """
-    order = sorted(members)
-    held = [[expert for expert in rows[rank] if expert != EMPTY] for rank in members]
-    expert_N = np.array([expert for experts in held for expert in experts], dtype=np.int64)
-    member_N = np.repeat(np.arange(len(members)), [len(experts) for experts in held])
-    if policy in (ReplicaPolicy.GATHER, ReplicaPolicy.STATIC):
-        part_N = _uneven_parts(rows, order, len(load_E), policy, expert_N, np.array(members, dtype=np.int64)[member_N])
-    else:
-        part_N = 1.0 / np.maximum(np.bincount(expert_N, minlength=len(load_E)), 1)[expert_N]
-    loads_R: FloatArray = np.bincount(member_N, load_E[expert_N] * part_N, len(members)).astype(np.float64)
-    return loads_R
-
-
-def _uneven_parts(
-    rows: Sequence[Sequence[int]],
-    order: list[int],
-    num_logical_experts: int,
-    policy: ReplicaPolicy,
-    expert_N: IntArray,
-    rank_N: IntArray,
-) -> FloatArray:
-    """Part of its expert's tokens that each copy serves."""
-    places_E = _places(rows, order, num_logical_experts)
-    senders_E = [_senders(places, len(order)) for places in places_E]
+    copies = _Copies.live(rows, members, len(load_E))
     if policy is ReplicaPolicy.GATHER:
-        senders_E = [Counter(rank for rank, _ in places) for places in _gathered(places_E)]
-    parts = [senders_E[e][r] / senders_E[e].total() for e, r in zip(expert_N.tolist(), rank_N.tolist(), strict=True)]
-    return np.array(parts, dtype=np.float64)
-
-
-def _senders(places: list[tuple[int, int]], num_members: int) -> Counter[int]:
-    """By rank of a copy: how many members send it their tokens under the static policy."""
-    return Counter(places[sender % len(places)][0] for sender in range(num_members)) if places else Counter()
+        copies = _gathered(copies)
+    num_N, num_members = copies.num_E[copies.expert_N], len(members)
+    part_N = 1.0 / num_N
+    if policy is ReplicaPolicy.STATIC:
+        turn_N = np.arange(len(num_N)) - copies.first_E[copies.expert_N]
+        part_N = (num_members // num_N + (turn_N < num_members % num_N)) / num_members
+    by_rank = np.bincount(copies.rank_N, load_E[copies.expert_N] * part_N, max(members, default=0) + 1)
+    loads_R: FloatArray = by_rank[np.array(members, dtype=np.int64)].astype(np.float64)
+    return loads_R
 
 
 def balancedness(

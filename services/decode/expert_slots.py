@@ -12,6 +12,8 @@ Legend: L mixture-of-experts layers, P expert slots of a layer, N rows (L x P an
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -39,25 +41,25 @@ class ExpertRows:
 
     def __init__(self, weights_NF: Tensor, tags_N4: Tensor) -> None:
         self.weights_NF, self.tags_N4 = weights_NF, tags_N4
+        self._tags_N4: npt.NDArray[np.int64] = tags_N4.numpy()  # the same memory; looking into it is cheaper
 
     def tag(self, row: int) -> Tag | None:
         """None: nothing whole lies there."""
-        layer, expert, generation, checksum = self.tags_N4[row].tolist()
+        layer, expert, generation, checksum = self._tags_N4[row].tolist()
         return Tag(layer - 1, expert, generation, checksum) if layer > 0 else None
 
     def find(self, layer: int, logical_expert: int) -> int | None:
         """The row that holds this expert."""
-        found = (self.tags_N4[:, 0] == layer + 1) & (self.tags_N4[:, 1] == logical_expert)
-        rows = found.nonzero().flatten().tolist()
-        return rows[0] if rows else None
+        rows_N = np.flatnonzero((self._tags_N4[:, 0] == layer + 1) & (self._tags_N4[:, 1] == logical_expert))
+        return int(rows_N[0]) if len(rows_N) else None
 
     def clear(self, row: int) -> None:
-        self.tags_N4[row, 0] = 0
+        self._tags_N4[row, 0] = 0
 
     def set(self, row: int, tag: Tag) -> None:
         """Once the row is whole."""
-        self.tags_N4[row, 1:] = torch.tensor([tag.logical_expert, tag.generation, tag.checksum])
-        self.tags_N4[row, 0] = tag.layer + 1
+        self._tags_N4[row, 1:] = tag.logical_expert, tag.generation, tag.checksum
+        self._tags_N4[row, 0] = tag.layer + 1
 
 
 class ExpertSlots:

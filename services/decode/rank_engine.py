@@ -23,7 +23,7 @@ from common.model.kv_cache import write_kv
 from common.model.model import Batch, Model
 from common.model.token_choice import choose, prompt_logprobs
 from common.pace import Pace
-from common.placement import num_local_experts
+from common.placement import PhysicalToLogical, num_local_experts
 from common.replica_choice import ReplicaChoice
 from common.view import digest, orphans, ranks
 from kernels.epoch_state import CLEAN
@@ -60,6 +60,7 @@ class RankEngine:
         self._exchange: ElasticExchange | None = None
         self._slots: ExpertSlots | None = None
         self._staging: Staging | None = None
+        self._in_force: PhysicalToLogical = ()
         self.group: ElasticGroup | None = None
         self.lacks_experts = False  # for which all requests wait
 
@@ -163,7 +164,7 @@ class RankEngine:
     def stage(self, placement: Placement) -> None:
         """From now on `copy_experts` copies what this rank lacks of ``placement``."""
         assert self._staging is not None
-        self._staging.stage(self._own_slots(placement), placement.version)
+        self._staging.stage(self._own_slots(placement), placement.version, self._in_force)
 
     def copy_experts(self, now: float) -> bool:
         """One slice; whether all is here."""
@@ -191,6 +192,7 @@ class RankEngine:
         assert self._exchange is not None
         members, placement = ranks(view), view.placement
         rows, policy = placement.physical_to_logical, self._planner.replica_policy
+        self._in_force = rows
         choice = ReplicaChoice(rows, members, num_experts, group.rank, policy)
         group.adopt(view.epoch, members, digest(view), in_band=in_band)
         misses = bool(orphans(placement, members, num_experts))

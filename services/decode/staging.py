@@ -1,9 +1,11 @@
 """Experts on their way in: copied in slices between rounds, so that no token waits for them.
 
-Each expert is read from the memory of a live copy, one-sided: its owner takes no part and may be writing. So a copy
-counts only if the source's tag is the same before and after, and if its bytes have the checksum of the tag, which comes
-from the checkpoint. A source that fails is not asked again; with none left, or if two tags disagree, the expert is
-read from the checkpoint, in one piece.
+Each expert is read from the memory of a live copy, one-sided: its owner takes no part. Only copies that serve under the
+placement in force are read: those stay where they are until the next one, while a row that an older placement has left
+behind may be overwritten by its owner's own staging at any moment. All the same an owner may be writing (it may have
+heard of a newer view first), so a copy counts only if the source's tag is the same before and after, and if its bytes
+have the checksum of the tag, which comes from the checkpoint. A source that fails is not asked again; with none left,
+or if two tags disagree, the expert is read from the checkpoint, in one piece.
 
     stage(wanted) -> copy ... -> all here -> (the placement comes into force: `ExpertSlots.adopt` finds everything)
 
@@ -19,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from common.placement import PhysicalToLogical
 from services.decode.expert_slots import EMPTY, Expert, ExpertRows, ExpertSlots, Tag
 
 _FLOAT_BYTES = 4
@@ -65,6 +68,8 @@ class Staging:
 
     def __init__(self, slots: ExpertSlots, peer_rows: PeerRows, own_rank: int, pace: CopyPace | None) -> None:
         self._slots, self._peer_rows, self._own_rank, self._pace = slots, peer_rows, own_rank, pace
+        self._peers: Mapping[int, ExpertRows] = {}
+        self._present: PhysicalToLogical = ()
         self._wanted_LP: Sequence[Sequence[int]] = ()
         self._generation = 0
         self._lacking: list[Expert] = []
@@ -72,25 +77,26 @@ class Staging:
         self._failed: set[tuple[Expert, int]] = set()  # (expert, rank) whose copy was no good
         self._num_from_peers = self._num_from_checkpoint = self._num_bad_copies = self._num_bytes = 0
 
-    def stage(self, wanted_LP: Sequence[Sequence[int]], generation: int) -> None:
-        """From now on for this map; what was begun for another is given up."""
-        self._wanted_LP, self._generation = wanted_LP, generation
+    def stage(self, wanted_LP: Sequence[Sequence[int]], generation: int, present: PhysicalToLogical) -> None:
+        """From now on for this map; what was begun for another is given up. ``present`` is in force, on all ranks."""
+        self._wanted_LP, self._generation, self._present = wanted_LP, generation, present
+        self._peers = self._peer_rows()
         self._copy, self._failed = None, set()
         self._lacking = self._slots.lacking(wanted_LP)
 
     def drop(self) -> None:
         """Nothing is on its way any more. What is whole already stays, as long as its row is not needed."""
-        self._copy, self._lacking = None, []
+        self._copy, self._lacking, self._peers = None, [], {}
 
     @torch.inference_mode()
     def copy(self, now: float) -> bool:
-        """Copies as much as the pace allows; whether all is here."""
+        """Copies as much as the pace allows, of one expert: beginning another costs as much as many bytes do. Whether
+        all is here."""
         if self._pace is None:
             while self._lacking:
                 self._copy_piece(SLICE_BYTES)
-        else:
-            while self._lacking and (allowed_bytes := self._pace.allowed_bytes(now)) >= _FLOAT_BYTES:
-                self._pace.spend(self._copy_piece(allowed_bytes))
+        elif self._lacking and (allowed_bytes := self._pace.allowed_bytes(now)) >= _FLOAT_BYTES:
+            self._pace.spend(self._copy_piece(allowed_bytes))
         return not self._lacking
 
     def counters(self) -> dict[str, int]:
@@ -110,9 +116,11 @@ class Staging:
 
     def _begin(self, expert: Expert) -> _Copy | None:
         """None: no live copy can be read, or they do not agree what it should be."""
+        layer, logical_expert = expert
         found = []
-        for rank, rows in self._peer_rows().items():
-            row = rows.find(*expert) if (expert, rank) not in self._failed else None
+        for rank, rows in self._peers.items():
+            serves = logical_expert in self._present[layer][rank] and (expert, rank) not in self._failed
+            row = rows.find(*expert) if serves else None
             tag = rows.tag(row) if row is not None else None
             if row is not None and tag is not None and (tag.layer, tag.logical_expert) == expert:
                 found.append((rank, rows, row, tag))

@@ -24,7 +24,17 @@ class Rank:
         self.slots = ExpertSlots(weights, tags, LAYOUT, NUM_LAYERS, NUM_LOCAL, self._read)
         self.slots.adopt(held, 1)
         self.reads = 0
+        self.number, self.held, self.peers = number, held, peers
         self.staging = Staging(self.slots, lambda: {r: peer.slots.rows for r, peer in peers.items()}, number, pace)
+
+    def stage(self, wanted: list[list[int]], generation: int = 2) -> None:
+        """While all ranks serve what they began with, or were said to."""
+        ranks = {self.number: self, **self.peers}
+        present = tuple(
+            tuple(tuple(ranks[rank].held[layer]) if rank in ranks else () for rank in range(max(ranks) + 1))
+            for layer in range(NUM_LAYERS)
+        )
+        self.staging.stage(wanted, generation, present)
 
     def _read(self, layer: int, expert: int, out_row: torch.Tensor) -> None:
         self.reads += 1
@@ -60,7 +70,7 @@ def pair(pace: CopyPace | None = None) -> tuple[Rank, Rank]:
 
 def test_what_is_lacking_is_copied_from_a_peer_beside_what_is_in_use() -> None:
     rank, _ = pair()
-    rank.staging.stage(AFTER, 2)
+    rank.stage(AFTER)
     assert rank.staging.copy(0.0)
     assert rank.slots.lacking(BEFORE) == [], "the present experts are untouched"
     assert rank.holds(AFTER) and rank.reads == 0
@@ -69,7 +79,7 @@ def test_what_is_lacking_is_copied_from_a_peer_beside_what_is_in_use() -> None:
 
 def test_a_copy_comes_in_slices_and_counts_when_whole() -> None:
     rank, _ = pair(CopyPace(bytes_per_s=80.0))
-    rank.staging.stage(AFTER, 2)
+    rank.stage(AFTER)
     num_slices, now = 0, 0.0
     while not rank.staging.copy(now):
         assert rank.rows.find(0, 5) is None or num_slices > 2
@@ -90,7 +100,7 @@ def test_no_more_than_a_slice_at_once_however_long_ago_the_last_was() -> None:
 def test_a_copy_with_another_checksum_is_not_believed(word: float) -> None:
     rank, source = pair()
     source.rows.weights_NF[source.row(0, 5), 3] = word
-    rank.staging.stage(AFTER, 2)
+    rank.stage(AFTER)
     assert rank.staging.copy(0.0)
     assert rank.holds(AFTER)
     counters = rank.staging.counters()
@@ -99,7 +109,7 @@ def test_a_copy_with_another_checksum_is_not_believed(word: float) -> None:
 
 def test_a_source_that_is_overwritten_meanwhile_is_not_believed() -> None:
     rank, source = pair(CopyPace(bytes_per_s=80.0))
-    rank.staging.stage(AFTER, 2)
+    rank.stage(AFTER)
     assert not rank.staging.copy(0.1)
     source.slots.adopt([[5, 0], [5, 4]], 3)
     row = source.row(0, 5)
@@ -109,26 +119,40 @@ def test_a_source_that_is_overwritten_meanwhile_is_not_believed() -> None:
     assert rank.holds(AFTER) and rank.reads >= 1
 
 
+def test_a_row_that_an_older_placement_left_behind_is_no_source() -> None:
+    """Its owner overwrites it when it stages for itself, at the same time."""
+    rank, source = pair(CopyPace(bytes_per_s=80.0))
+    source.slots.adopt([[0, 1], [0, 1]], 2)
+    source.held = [[0, 1], [0, 1]]
+    assert source.rows.find(1, 4) is not None, "still there, with its tag"
+    rank.stage(wanted := [[0, 1], [4, 1]], 3)
+    source.stage([[2, 3], [0, 1]], 3)
+    for tick in range(1, 200):
+        rank.staging.copy(tick / 10)
+        source.staging.copy(tick / 10)
+    assert source.rows.find(1, 4) is None, "overwritten meanwhile"
+    assert rank.holds(wanted) and rank.staging.counters()["bad_expert_copies"] == 0
+
+
 def test_sources_whose_tags_disagree_are_not_asked() -> None:
     good, bad = Rank(1, [[5, 4], [5, 4]], {}, None), Rank(2, [[5, 4], [5, 4]], {}, None)
     bad.rows.tags_N4[bad.row(1, 4), 3] += 1
     rank = Rank(0, BEFORE, {1: good, 2: bad}, None)
-    rank.staging.stage(AFTER, 2)
+    rank.stage(AFTER)
     assert rank.staging.copy(0.0) and rank.holds(AFTER)
     assert rank.reads == 1
 
 
 def test_without_a_live_copy_the_checkpoint_is_read() -> None:
     rank = Rank(0, BEFORE, {}, CopyPace(1e6))
-    rank.staging.stage(AFTER, 2)
-    assert not rank.staging.copy(0.0)
-    assert rank.staging.copy(1.0)
+    rank.stage(AFTER)
+    assert [rank.staging.copy(now) for now in (0.0, 1.0, 2.0)] == [False, False, True], "one expert at a time"
     assert rank.holds(AFTER) and rank.reads == 2
 
 
 def test_a_dropped_copy_writes_no_more() -> None:
     rank, _ = pair(CopyPace(bytes_per_s=80.0))
-    rank.staging.stage(AFTER, 2)
+    rank.stage(AFTER)
     rank.staging.copy(0.1)
     rank.staging.drop()
     rank.slots.adopt([[2, 3], [2, 3]], 3)
@@ -149,7 +173,7 @@ def test_whatever_is_given_up_or_comes_into_force_slots_hold_what_the_map_says(
     for generation, (wanted, num_slices, adopts) in enumerate(history, 2):
         if sum(len(set(after) - set(before)) for before, after in zip(present, wanted, strict=True)) > NUM_STAGING:
             continue
-        rank.staging.stage(wanted, generation)
+        rank.stage(wanted, generation)
         for _ in range(num_slices):
             now += 0.01
             rank.staging.copy(now)
