@@ -21,6 +21,7 @@ SIZE = ctypes.c_int64
 FLOAT = ctypes.c_float
 
 KernelFunction = Callable[..., None]
+CountingFunction = Callable[..., int]
 _Type = type[ctypes.c_void_p] | type[ctypes.c_int64] | type[ctypes.c_float]
 
 _COMMAND = "run `python -m kernels.cpu.build` (it needs a C compiler)"
@@ -35,6 +36,14 @@ def kernel_function(name: str, *argument_types: _Type) -> KernelFunction:
     function = getattr(_library(), name)
     function.argtypes, function.restype = argument_types, None
     bound: KernelFunction = function
+    return bound
+
+
+def counting_function(name: str, *argument_types: _Type) -> CountingFunction:
+    """The same for a function that answers with an int64_t."""
+    function = getattr(_library(), name)
+    function.argtypes, function.restype = argument_types, SIZE
+    bound: CountingFunction = function
     return bound
 
 

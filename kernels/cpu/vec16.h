@@ -50,6 +50,9 @@ INLINE void store_part16(float *to, vec16 x, int64_t count)
 #endif
 }
 
+/* a where the mask has all bits set, b where it has none. */
+INLINE vec16 choose16(int16x32 mask, vec16 a, vec16 b) { return (vec16)((mask & (int16x32)a) | (~mask & (int16x32)b)); }
+
 /* a * b + c, rounded once. */
 INLINE vec16 fma16(vec16 a, vec16 b, vec16 c)
 {

@@ -10,9 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from common.model.experts import VoidRound, expert_rows
+from common.model.experts import VoidRound
 from common.pace import Pace
 from common.replica_choice import ReplicaChoice
+from kernels.cpu.experts import expert_rows
 from kernels.reference import ElasticGroup
 from services.decode.expert_slots import ExpertSlots
 from services.decode.load_counts import LoadCounts
@@ -68,12 +69,7 @@ class ElasticExchange:
             raise VoidRound
         self.num_operations += 1
         self._pace.resume()
-        rows_NH = expert_rows(
-            received.x_SH,
-            received.row_N.numpy(),
-            received.local_expert_N.numpy(),
-            lambda local: self._slots.weights(moe_layer, local),
-        )
+        rows_NH = expert_rows(received.x_SH, received.row_N, received.local_expert_N, self._slots.table(moe_layer))
         self._pace.pause()
         out_TH = group.combine(rows_NH, received, ordered=self._ordered)
         if out_TH is None:

@@ -17,7 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from common.model.experts import ExpertLayout, ExpertWeights, row_checksum
+from common.model.experts import ExpertLayout, row_checksum
+from kernels.cpu.experts import ExpertTable
 
 NUM_TAG_WORDS = 4  # layer + 1 (0 = nothing here), logical expert, generation, checksum
 EMPTY = -1
@@ -80,19 +81,18 @@ class ExpertSlots:
     ) -> None:
         self.rows = ExpertRows(weights_NF, tags_N4)
         self._read_expert = read_expert
-        self._views = [layout.views(row) for row in weights_NF]
+        self._tables = [layout.table(num_local) for _ in range(num_layers)]
         self._slots_LP = [[EMPTY] * num_local for _ in range(num_layers)]  # the row that serves a slot
         self._expert_of: dict[int, Expert] = {}
-        for row in range(len(self._views)):
+        for row in range(len(weights_NF)):
             if (tag := self.rows.tag(row)) is not None:
                 self._expert_of[row] = (tag.layer, tag.logical_expert)
         self._row_of = {expert: row for row, expert in self._expert_of.items()}
         self.num_loads = 0
 
-    def weights(self, layer: int, local: int) -> ExpertWeights:
-        row = self._slots_LP[layer][local]
-        assert row != EMPTY, f"layer {layer} slot {local} holds no expert"
-        return self._views[row]
+    def table(self, layer: int) -> ExpertTable:
+        """Where the experts of the layer's slots lie: the same object for good, in force with each `adopt`."""
+        return self._tables[layer]
 
     def logical_expert(self, layer: int, local: int) -> int:
         """What the slot holds by its tag; -1 = nothing whole."""
@@ -112,7 +112,9 @@ class ExpertSlots:
             self.load(row, layer, expert, generation)
         for layer, wanted_P in enumerate(wanted_LP):
             for local, expert in enumerate(wanted_P):
-                self._slots_LP[layer][local] = self._row_of.get((layer, expert), EMPTY)
+                row = self._row_of.get((layer, expert), EMPTY)
+                self._slots_LP[layer][local] = row
+                self._tables[layer].put(local, None if row == EMPTY else self.rows.weights_NF[row])
         return len(lacking)
 
     def take_row(self, wanted_LP: Sequence[Sequence[int]], spare_present: bool = False) -> int:
@@ -121,7 +123,7 @@ class ExpertSlots:
         used = {self._row_of.get(expert, EMPTY) for expert in _experts(wanted_LP)}
         serving = {row for slots_P in self._slots_LP for row in slots_P}
         used |= serving if spare_present else set()
-        free = [row for row in range(len(self._views)) if row not in used]
+        free = [row for row in range(len(self.rows.weights_NF)) if row not in used]
         if not free:
             return EMPTY
         row = min(free, key=lambda row: (row in serving, row in self._expert_of, row))

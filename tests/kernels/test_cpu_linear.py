@@ -8,25 +8,12 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import library
-from kernels.cpu.artifacts import LEVELS
-from kernels.cpu.library import POINTER, SIZE, KernelsNotBuilt, open_level
+from kernels.cpu.library import KernelsNotBuilt, open_level
 from kernels.cpu.linear import PackedWeight, linear
+from tests.kernels.cpu_levels import HERE, at_level
 
 _fmaf = ctypes.CDLL("libm.so.6").fmaf
 _fmaf.argtypes, _fmaf.restype = (ctypes.c_float,) * 3, ctypes.c_float
-
-
-def levels_here() -> list[str]:
-    return [level for level in LEVELS if open_level("base").regrow_has_level(level.encode())]
-
-
-def linear_at(level: str, x_RK: Tensor, weight: PackedWeight) -> Tensor:
-    function = open_level(level).regrow_linear
-    function.argtypes, function.restype = (POINTER, SIZE, SIZE, POINTER, SIZE, SIZE, POINTER), None
-    out_RN = torch.empty(len(x_RK), weight.outer)
-    sizes = (x_RK.stride(0), len(x_RK))
-    function(x_RK.data_ptr(), *sizes, weight.address, weight.inner, weight.outer, out_RN.data_ptr())
-    return out_RN
 
 
 def chain(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
@@ -40,12 +27,13 @@ def chain(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
     return torch.tensor(rows)
 
 
-@pytest.mark.parametrize("level", levels_here())
+@pytest.mark.parametrize("level", HERE)
 @pytest.mark.parametrize(("rows", "inner", "outer"), [(1, 5, 1), (9, 31, 40), (3, 64, 33), (12, 7, 64)])
 def test_an_element_is_a_chain_in_the_order_of_the_inner_index(level: str, rows: int, inner: int, outer: int) -> None:
     torch.manual_seed(rows)
     x, weight = torch.randn(rows, inner), torch.randn(outer, inner)
-    assert torch.equal(linear_at(level, x, PackedWeight(weight)), chain(x, weight))
+    with at_level(level):
+        assert torch.equal(linear(x, PackedWeight(weight)), chain(x, weight))
 
 
 @pytest.mark.parametrize(("inner", "outer"), [(64, 260), (128, 416), (32, 128), (256, 128), (7, 33), (512, 96)])
@@ -60,8 +48,10 @@ def test_bits_of_a_row_depend_on_nothing_but_the_row(inner: int, outer: int) -> 
         place = torch.randperm(num_rows)[:16]
         batch[place] = rows
         assert torch.equal(linear(batch, weight)[place], expected)
-        for level in levels_here():
-            assert torch.equal(linear_at(level, batch, weight), linear(batch, weight))
+        whole = linear(batch, weight)
+        for level in HERE:
+            with at_level(level):
+                assert torch.equal(linear(batch, weight), whole)
     for row in range(16):
         assert torch.equal(linear(rows[row : row + 1], weight)[0], expected[row])
 

@@ -12,8 +12,8 @@ from msgspec.structs import replace
 from common.config import ClusterConfig
 from common.ids import RequestId
 from common.messages import Announce, Sampling, TokenBatch
-from common.model.experts import expert_rows
 from common.model.token_choice import choose
+from kernels.cpu.experts import expert_rows
 from services.decode import elastic_exchange
 from services.decode.request import Computed, Step
 from tests.services.decode_group import ROUTER, Request, decode_group, tiny_config

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from common.model.experts import ExpertLayout, ExpertWeights
+from common.model.experts import ExpertLayout
 from common.model.model import Batch
+from kernels.cpu.experts import ExpertTable
 
 NUM_EXPERTS, TOP_K, HIDDEN = 8, 2, 4
 VOCAB, MAX_POSITIONS = 97, 96
@@ -86,19 +86,16 @@ class SymbolicCheckpoint:
         out_row.fill_(layer * NUM_EXPERTS + expert + 1)
 
 
-def expert_rows(
-    x_SH: torch.Tensor,
-    row_R: npt.NDArray[np.int64],
-    expert_R: npt.NDArray[np.int64],
-    weights_of: Callable[[int], ExpertWeights],
-) -> torch.Tensor:
-    """In place of `common.model.experts.expert_rows`: the weight is read from the expert slot."""
+def expert_rows(x_SH: torch.Tensor, row_R: torch.Tensor, expert_R: torch.Tensor, table: ExpertTable) -> torch.Tensor:
+    """In place of `kernels.cpu.experts.expert_rows`: the weight is read from the expert slot."""
     rows_RH = np.zeros((len(expert_R), HIDDEN), dtype=np.float32)
-    values = x_SH.numpy()[row_R, 0].tolist() if len(expert_R) else []
+    values = x_SH.numpy()[row_R.numpy(), 0].tolist() if len(expert_R) else []
     weights: dict[int, int] = {}
     for row, (value, local) in enumerate(zip(values, expert_R.tolist(), strict=True)):
         if local not in weights:
-            weights[local] = int(weights_of(local).gate_up_HG[0, 0])
+            packed_F = table.row(local)
+            assert packed_F is not None, f"slot {local} holds no expert"
+            weights[local] = int(packed_F[0])
         rows_RH[row, 0] = (int(value) * (weights[local] + 2) + 13 * weights[local]) % _PRIME
     return torch.from_numpy(rows_RH)
 

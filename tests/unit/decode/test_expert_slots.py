@@ -38,13 +38,14 @@ class Memory:
         return ExpertSlots(self.weights, self.tags, LAYOUT, 2, 3, source.read)
 
 
+def computes_with(slots: ExpertSlots, layer: int, local: int, expert: int) -> bool:
+    row_F = slots.table(layer).row(local)
+    return row_F is not None and bool((LAYOUT.views(row_F).gate_up_HG == 10 * layer + expert).all())
+
+
 def holds(slots: ExpertSlots, wanted: list[list[int]]) -> bool:
     return all(
-        expert == EMPTY
-        or (
-            slots.logical_expert(layer, local) == expert
-            and bool((slots.weights(layer, local).gate_up_HG == 10 * layer + expert).all())
-        )
+        expert == EMPTY or (slots.logical_expert(layer, local) == expert and computes_with(slots, layer, local, expert))
         for layer, row in enumerate(wanted)
         for local, expert in enumerate(row)
     )

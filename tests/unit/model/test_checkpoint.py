@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.model.checkpoint import Checkpoint, LoadProgress
-from common.model.experts import ExpertLayout, LocalExperts, expert_mlp, row_checksum
+from common.model.experts import ExpertLayout, LocalExperts, row_checksum
 from common.model.kv_cache import kv_cache_shape
 from common.model.model import Model
+from kernels.cpu.experts import expert_rows
 from tests.unit.model.tiny_models import TINY_RANDOM, open_model
 
 UP = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -191,7 +192,10 @@ def test_packed_rows_compute_what_the_stored_matrices_say() -> None:
     row = torch.full((layout.row_size,), float("nan"))
     layout.pack(gate, up, down, row)
     expected = (torch.nn.functional.silu(x @ gate.t()) * (x @ up.t())) @ down.t()
-    assert torch.allclose(expert_mlp(x, layout.views(row)), expected, atol=1e-5)
+    table = layout.table(num_slots=1)
+    table.put(0, row)
+    got = expert_rows(x, torch.arange(5), torch.zeros(5, dtype=torch.int64), table)
+    assert torch.allclose(got, expected, atol=1e-5)
     assert layout.row_bytes % 64 == 0
     assert bool((row[90:] == 0).all()), "padding must be defined: it is part of the checksum"
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from common.model.checkpoint import Checkpoint
-from common.model.experts import ExpertWeights, VoidRound, expert_rows
+from common.model.experts import VoidRound
 from common.model.model import Batch
+from kernels.cpu.experts import ExpertTable, expert_rows
 from kernels.heap_layout import EpShape, HeapLayout
 from kernels.reference import ElasticGroup
 from kernels.symmetric_memory.shm import ShmProvider
@@ -27,23 +28,19 @@ class ElasticExperts:
     def __init__(self, checkpoint: Checkpoint, group: ElasticGroup) -> None:
         self._group = group
         config, layout = checkpoint.config, checkpoint.expert_layout
-        self._weights: dict[tuple[int, int], ExpertWeights] = {}
+        self._tables: dict[int, ExpertTable] = {}
         for layer in config.moe_layers:
+            self._tables[layer] = layout.table(config.n_routed_experts)
             for local, expert in enumerate(range(group.rank, config.n_routed_experts, NUM_RANKS)):
                 row = torch.empty(layout.row_size)
                 checkpoint.read_expert(layer, expert, row)
-                self._weights[layer, local] = layout.views(row)
+                self._tables[layer].put(local, row)
 
     def run(self, layer: int, x_TH: Tensor, topk_expert_TK: Tensor, topk_weight_TK: Tensor) -> Tensor:
         received = self._group.dispatch(x_TH, topk_expert_TK % NUM_RANKS, topk_expert_TK // NUM_RANKS, topk_weight_TK)
         if received is None:
             raise VoidRound
-        rows_NH = expert_rows(
-            received.x_SH,
-            received.row_N.numpy(),
-            received.local_expert_N.numpy(),
-            lambda local: self._weights[layer, local],
-        )
+        rows_NH = expert_rows(received.x_SH, received.row_N, received.local_expert_N, self._tables[layer])
         out_TH = self._group.combine(rows_NH, received)
         if out_TH is None:
             raise VoidRound
