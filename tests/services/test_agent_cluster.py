@@ -1,5 +1,6 @@
 """`regrow up` as its user sees it: it starts once, ends without a trace, and survives the death of its own parts."""
 
+import asyncio
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ import pytest
 
 from common.process_table import processes_of, state_of
 from services.cli.run_directory import RunDirectory, read_description
-from tests.cluster.harness import ROOT, TINY_RANDOM, Cluster
+from tests.cluster.harness import ROOT, TINY_RANDOM, Cluster, stream_all, varied_bodies
 
 SMALL = ("--decode-ranks", "1", "--prefill-workers", "1")
 
@@ -67,6 +68,7 @@ async def test_the_agent_may_be_killed_and_a_second_start_is_refused(tmp_path: P
         before = known_pids(await cluster.fetch_status())
         assert_one_line(up_again(cluster.run_dir, cluster.port + 1), 2, "a cluster is running in")
         assert_one_line(up_again(tmp_path / "other", cluster.port), 2, f"port {cluster.port} is in use")
+        assert [stream.finish for stream in await stream_all(cluster.url, varied_bodies(1, 4))] == ["length"]
         children = {found.pid for found in processes_of(cluster.run_dir) if found.kind != "agent"}
 
         os.kill(before["agent-0"], signal.SIGKILL)
@@ -89,25 +91,30 @@ async def test_the_agent_may_be_killed_and_a_second_start_is_refused(tmp_path: P
     assert not (cluster.run_dir / "cluster.json").exists()
 
 
-def test_what_a_killed_cluster_left_is_removed_by_the_next_start(tmp_path: Path) -> None:
-    first = Cluster(tmp_path / "run", *SMALL).wait_ready()
-    heap_dir = Path(read_description(first.run_dir).heap_dir)
-    agent = pid_of(first, "agent-0")
-    os.kill(agent, signal.SIGSTOP)  # so that it cannot clean up behind its parent
-    first.process.kill()
-    first.process.wait(timeout=10)
-    assert first.process.stdout is not None
-    first.process.stdout.close()
-    left = [found.pid for found in processes_of(first.run_dir)]
-    assert len(left) == 6 and list(heap_dir.glob("*.heap"))
-
-    second = Cluster(tmp_path / "run", *SMALL).wait_ready()
+def test_the_next_start_removes_what_a_killed_cluster_left_and_leaves_its_neighbour_alone(tmp_path: Path) -> None:
+    first, neighbour = (Cluster(tmp_path / name, *SMALL) for name in ("run", "neighbour"))
     try:
+        first.wait_ready()
+        neighbour.wait_ready()
+        heap_dir, other_dir = (Path(read_description(c.run_dir).heap_dir) for c in (first, neighbour))
+        os.kill(pid_of(first, "agent-0"), signal.SIGSTOP)  # so that it cannot clean up behind its parent
+        first.process.kill()
+        first.process.wait(timeout=10)
+        left = [found.pid for found in processes_of(first.run_dir)]
+        assert len(left) == 6 and list(heap_dir.glob("*.heap")), "the fault did not happen: nothing is left"
+
+        second = Cluster(first.run_dir, *SMALL).wait_ready()
         assert all(state_of(pid) in ("", "Z") for pid in left)
         assert "ended 6 processes of an earlier run" in second.errors.read_text()
-    finally:
+        for cluster in (neighbour, second):
+            streams = asyncio.run(stream_all(cluster.url, varied_bodies(2, 8)))
+            assert [stream.finish for stream in streams] == ["length", "length"]
         assert second.stop() == 0
-    assert not heap_dir.exists()
+        assert not heap_dir.exists() and other_dir.exists()
+    finally:
+        first.stop()
+        assert neighbour.stop() == 0
+    assert not other_dir.exists()
 
 
 def test_when_regrow_up_is_killed_its_agent_stops_everything(tmp_path: Path) -> None:
