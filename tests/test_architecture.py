@@ -42,6 +42,7 @@ COMPUTE = (
     "common/model/*",
     "services/decode/configured_rank.py",
     "services/decode/elastic_exchange.py",
+    "services/decode/expert_copy.py",
     "services/decode/expert_slots.py",
     "services/decode/rank_engine.py",
     "services/decode/rank_heap.py",

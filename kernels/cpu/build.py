@@ -15,7 +15,8 @@ from kernels.cpu.artifacts import FOLDER, LEVELS, library_path, sources_digest
 
 # One rounding for each operation that the source names, fused only where it says so: that is the meaning of bits.
 _EXACT = ["-ffp-contract=off", "-fno-fast-math", "-fno-math-errno", "-fno-trapping-math"]
-_FLAGS = ["-O3", "-std=gnu11", *_EXACT, "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+_LIBRARY = ["-fPIC", "-shared", "-pthread", "-fvisibility=hidden"]
+_FLAGS = ["-O3", "-std=gnu11", *_EXACT, *_LIBRARY, "-Wall", "-Wextra", "-Wno-psabi"]
 
 
 def build() -> list[Path]:

@@ -110,6 +110,7 @@ class RankEngine:
         """Leaves the group if it is in one, and lets the memory go. No error when there is no life."""
         if self.group is not None:
             self.group.leave()
+        self._drop_staging()
         self.group = self._model = self._exchange = self._slots = self._staging = None
         self._peers.close()
         if self._heap is not None:
@@ -128,6 +129,7 @@ class RankEngine:
 
     def close_slot(self) -> None:
         """Forgets a slot in which this rank was never let into the group."""
+        self._drop_staging()
         self.group = self._staging = None
         self._peers.close()
 
@@ -157,8 +159,8 @@ class RankEngine:
 
     def load_experts(self, view: View) -> int:
         """The number of experts that had to be loaded."""
-        assert self._slots is not None and self._staging is not None
-        self._staging.drop()  # its next slice would write over what is loaded now
+        assert self._slots is not None
+        self._drop_staging()  # it would write over what is loaded now
         return self._slots.adopt(self._own_slots(view.placement), view.placement.version)
 
     def stage(self, placement: Placement) -> None:
@@ -170,6 +172,10 @@ class RankEngine:
         """One slice; whether all is here."""
         assert self._staging is not None
         return self._staging.copy(now)
+
+    def _drop_staging(self) -> None:
+        if self._staging is not None:
+            self._staging.drop()
 
     def staging_counters(self) -> dict[str, int]:
         """From any thread; begins anew with each slot."""

@@ -1,4 +1,4 @@
-"""Experts on their way in: copied in slices between rounds, so that no token waits for them.
+"""Experts on their way in: copied beside the rounds, so that no token waits for them.
 
 Each expert is read from the memory of a live copy, one-sided: its owner takes no part. Only copies that serve under the
 placement in force are read: those stay where they are until the next one, while a row that an older placement has left
@@ -12,20 +12,15 @@ or if two tags disagree, the expert is read from the checkpoint, in one piece.
 Legend: L mixture-of-experts layers, P expert slots of a layer, F floats of a row.
 """
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from common.placement import PhysicalToLogical
+from services.decode.expert_copy import FLOAT_BYTES, SLICE_BYTES, ExpertCopy, begin_copy
 from services.decode.expert_slots import EMPTY, Expert, ExpertRows, ExpertSlots, Tag
 
-_FLOAT_BYTES = 4
-SLICE_BYTES = 512 << 10  # under a millisecond, checksum included
 _GATHERS_FOR_S = 0.1
 
 PeerRows = Callable[[], Mapping[int, ExpertRows]]
@@ -33,28 +28,27 @@ PeerRows = Callable[[], Mapping[int, ExpertRows]]
 
 @dataclass(slots=True)
 class _Copy:
-    """``row`` of this rank is being filled from ``source_row`` of a peer; ``num_floats`` are there."""
+    """``row`` of this rank is being filled from ``source_row`` of a peer."""
 
     row: int
     rank: int
     source: ExpertRows
     source_row: int
     tag: Tag
-    num_floats: int = 0
-    checksum: int = 0
+    bytes: ExpertCopy
 
 
 class CopyPace:
     """How many bytes may be copied now: a rate, and never so much at once that a round would notice."""
 
     def __init__(self, bytes_per_s: float) -> None:
-        self._bytes_per_s = bytes_per_s
-        self._most_bytes = max(_FLOAT_BYTES, min(SLICE_BYTES, bytes_per_s * _GATHERS_FOR_S))
+        self.bytes_per_s = bytes_per_s
+        self._most_bytes = max(FLOAT_BYTES, min(SLICE_BYTES, bytes_per_s * _GATHERS_FOR_S))
         self._allowed_bytes, self._at = 0.0, 0.0
 
     def allowed_bytes(self, now: float) -> int:
         """What has gathered beyond one slice, or a tenth of a second, is lost: there is no catching up."""
-        self._allowed_bytes += (now - self._at) * self._bytes_per_s
+        self._allowed_bytes += (now - self._at) * self.bytes_per_s
         self._allowed_bytes, self._at = min(self._allowed_bytes, self._most_bytes), now
         return int(self._allowed_bytes)
 
@@ -79,13 +73,17 @@ class Staging:
 
     def stage(self, wanted_LP: Sequence[Sequence[int]], generation: int, present: PhysicalToLogical) -> None:
         """From now on for this map; what was begun for another is given up. ``present`` is in force, on all ranks."""
+        self.drop()
         self._wanted_LP, self._generation, self._present = wanted_LP, generation, present
         self._peers = self._peer_rows()
-        self._copy, self._failed = None, set()
+        self._failed = set()
         self._lacking = self._slots.lacking(wanted_LP)
 
     def drop(self) -> None:
-        """Nothing is on its way any more. What is whole already stays, as long as its row is not needed."""
+        """Nothing is on its way any more, and nothing is written. What is whole already stays, as long as its row is
+        not needed."""
+        if self._copy is not None:
+            self._copy.bytes.end()
         self._copy, self._lacking, self._peers = None, [], {}
 
     @torch.inference_mode()
@@ -95,7 +93,9 @@ class Staging:
         if self._pace is None:
             while self._lacking:
                 self._copy_piece(SLICE_BYTES)
-        elif self._lacking and (allowed_bytes := self._pace.allowed_bytes(now)) >= _FLOAT_BYTES:
+        elif self._copy is not None and self._copy.bytes.keeps_rate:
+            self._copy_piece(0)
+        elif self._lacking and (allowed_bytes := self._pace.allowed_bytes(now)) >= FLOAT_BYTES:
             self._pace.spend(self._copy_piece(allowed_bytes))
         return not self._lacking
 
@@ -112,7 +112,11 @@ class Staging:
         copy = self._copy = self._copy or self._begin(self._lacking[0])
         if copy is None:
             return self._load_from_checkpoint(self._lacking[0])
-        return self._go_on(copy, max_bytes // _FLOAT_BYTES)
+        num_bytes = copy.bytes.advance(max_bytes)
+        self._num_bytes += num_bytes
+        if copy.bytes.checksum is not None:
+            self._end(copy, copy.bytes.checksum)
+        return num_bytes
 
     def _begin(self, expert: Expert) -> _Copy | None:
         """None: no live copy can be read, or they do not agree what it should be."""
@@ -130,28 +134,18 @@ class Staging:
         rank, rows, row, tag = found[(self._own_rank + sum(expert)) % len(found)]
         own_row = self._slots.take_row(self._wanted_LP, spare_present=True)
         assert own_row != EMPTY, "the monitor plans no more than there is memory for"
-        return _Copy(own_row, rank, rows, row, tag)
+        weights_NF, rate = self._slots.rows.weights_NF, self._pace.bytes_per_s if self._pace else None
+        return _Copy(own_row, rank, rows, row, tag, begin_copy(weights_NF[own_row], rows.weights_NF[row], rate))
 
-    def _go_on(self, copy: _Copy, most_floats: int) -> int:
-        target_F, source_F = self._slots.rows.weights_NF[copy.row], copy.source.weights_NF[copy.source_row]
-        first, last = copy.num_floats, min(copy.num_floats + most_floats, len(target_F))
-        target_F[first:last] = source_F[first:last]
-        # Of the copy, not of the source: that may change between two reads.
-        copy.checksum = zlib.crc32(_memory(target_F[first:last]), copy.checksum)
-        copy.num_floats = last
-        self._num_bytes += _FLOAT_BYTES * (last - first)
-        if last == len(target_F):
-            self._end(copy)
-        return _FLOAT_BYTES * (last - first)
-
-    def _end(self, copy: _Copy) -> None:
+    def _end(self, copy: _Copy, checksum: int) -> None:
         expert = self._lacking[0]
         self._copy = None
-        if copy.source.tag(copy.source_row) != copy.tag or copy.checksum != copy.tag.checksum:
+        copy.bytes.end()
+        if copy.source.tag(copy.source_row) != copy.tag or checksum != copy.tag.checksum:
             self._num_bad_copies += 1
             self._failed.add((expert, copy.rank))
             return
-        self._slots.put(copy.row, Tag(*expert, self._generation, copy.checksum))
+        self._slots.put(copy.row, Tag(*expert, self._generation, checksum))
         self._num_from_peers += 1
         del self._lacking[0]
 
@@ -164,8 +158,3 @@ class Staging:
         num_bytes = self._slots.rows.weights_NF[row].nbytes
         self._num_bytes += num_bytes
         return num_bytes
-
-
-def _memory(row_F: Tensor) -> memoryview:
-    array: npt.NDArray[np.float32] = row_F.numpy()
-    return array.data.cast("B")

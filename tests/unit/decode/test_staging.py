@@ -1,13 +1,16 @@
 """One-sided copies of experts: exact, in slices, and never believed without their checksum."""
 
+import time
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.model.experts import ExpertLayout
+from services.decode.expert_copy import SLICE_BYTES
 from services.decode.expert_slots import NUM_TAG_WORDS, ExpertRows, ExpertSlots
-from services.decode.staging import SLICE_BYTES, CopyPace, Staging
+from services.decode.staging import CopyPace, Staging
 
 LAYOUT = ExpertLayout(4, 4)
 NUM_LAYERS, NUM_LOCAL, NUM_STAGING = 2, 2, 2
@@ -89,11 +92,11 @@ def test_a_copy_comes_in_slices_and_counts_when_whole() -> None:
 
 
 def test_no_more_than_a_slice_at_once_however_long_ago_the_last_was() -> None:
-    pace = CopyPace(bytes_per_s=1e9)
+    pace = CopyPace(bytes_per_s=5e8)
     assert pace.allowed_bytes(1000.0) == SLICE_BYTES
     pace.spend(SLICE_BYTES)
     assert pace.allowed_bytes(1000.0) == 0
-    assert pace.allowed_bytes(1000.0001) == pytest.approx(100_000, rel=0.01)
+    assert pace.allowed_bytes(1000.0001) == pytest.approx(50_000, rel=0.01)
 
 
 @pytest.mark.parametrize("word", [0.0, float("nan")])
@@ -158,6 +161,18 @@ def test_a_dropped_copy_writes_no_more() -> None:
     rank.slots.adopt([[2, 3], [2, 3]], 3)
     rank.staging.copy(5.0)
     assert rank.holds([[2, 3], [2, 3]])
+
+
+def test_large_experts_come_by_a_thread_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.decode.expert_copy.SLICE_BYTES", 0)
+    rank, _ = pair(CopyPace(1e9))
+    rank.stage(AFTER)
+    deadline = time.monotonic() + 60.0
+    while not rank.staging.copy(time.monotonic()):
+        assert time.monotonic() < deadline
+    assert rank.holds(AFTER) and rank.reads == 0
+    counters = rank.staging.counters()
+    assert (counters["experts_copied"], counters["expert_bytes_copied"]) == (2, 2 * LAYOUT.row_bytes)
 
 
 wanted_maps = st.lists(st.permutations(range(6)).map(lambda p: list(p[:NUM_LOCAL])), min_size=2, max_size=2)
