@@ -1,10 +1,11 @@
 """The forward pass: tokens of any mix of prefill chunks and decode steps in, logits of the asked rows out.
 
 A row's logits are the same bits for a sequence alone, in any batch, prefilled in one piece or token by token, and
-under every placement of the experts; row_blocks.py, paged_attention.py and experts.py say why.
+under every placement of the experts, since every number is one fixed sequence of operations on the row's own inputs:
+kernels/cpu spells them out, and a layer is a few calls of it.
 
-Legend: T tokens (padded to whole row blocks inside), H hidden, V vocabulary, K experts per token,
-R requests, W block table width, S rows with logits; the cache is [layers, blocks, rows of a block, row floats].
+Legend: T tokens, H hidden, V vocabulary, K experts per token, R requests, W block table width, S rows with logits,
+L layers; the cache is [layers, blocks, rows of a block, row floats].
 """
 
 from collections.abc import Callable
@@ -18,13 +19,14 @@ from common.model.architecture import LatentAttentionShape
 from common.model.checkpoint import Checkpoint
 from common.model.config import ModelConfig
 from common.model.experts import ExpertExchange
-from common.model.grouped_attention import GroupedAttention
+from common.model.grouped_attention import grouped_attention
 from common.model.kv_cache import Int64Array, kv_cache_shape
-from common.model.latent_attention import LatentAttention
-from common.model.paged_attention import Attention, plan_attention
-from common.model.rotary import RotaryTable
-from common.model.routing import Router
-from common.model.row_blocks import RmsNorm, input_major, linear, num_padded, pad_rows, silu
+from common.model.latent_attention import latent_attention
+from common.model.rotary import turns
+from common.model.routing import mlp_weights, routing
+from kernels.cpu.batch import Bounds, CheckedBatch
+from kernels.cpu.linear import PackedWeight
+from kernels.cpu.mlp import DenseKernel, HeadKernel, Norm, add_experts, embed
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,45 +55,28 @@ class Batch:
         return cls(none, none, none, np.zeros((0, 0), dtype=np.int64), none)
 
 
-class _Mlp:
-    """A dense SwiGLU MLP with weights side by side, input-major: a dense layer's, or the shared experts'."""
+class _DenseMlp:
+    def __init__(self, checkpoint: Checkpoint, layer: int, norm: Norm) -> None:
+        inner_size = checkpoint.config.intermediate_size
+        self._kernel = DenseKernel(norm, mlp_weights(checkpoint, f"model.layers.{layer}.mlp", inner_size))
 
-    def __init__(self, checkpoint: Checkpoint, prefix: str, inner_size: int) -> None:
-        hidden = checkpoint.config.hidden_size
-        gate = checkpoint.tensor(f"{prefix}.gate_proj.weight", (inner_size, hidden))
-        up = checkpoint.tensor(f"{prefix}.up_proj.weight", (inner_size, hidden))
-        self._gate_up = input_major(torch.cat((gate, up)))
-        self._down = input_major(checkpoint.tensor(f"{prefix}.down_proj.weight", (hidden, inner_size)))
-
-    def run(self, x_TH: Tensor, num_tokens: int) -> Tensor:
-        del num_tokens  # the padding is computed too
-        gate, up = linear(x_TH, self._gate_up).chunk(2, dim=1)
-        return linear(silu(gate).mul_(up), self._down)
+    def run(self, x_TH: Tensor) -> None:
+        """Adds to x_TH what the layer makes of it."""
+        self._kernel.run(x_TH)
 
 
 class _Moe:
-    """Routing, the exchange, and the shared experts: out = shared + routed sum."""
+    """Routing, the exchange, and the shared experts: x += shared + routed sum."""
 
-    def __init__(self, checkpoint: Checkpoint, layer: int, exchange: ExpertExchange) -> None:
-        config = checkpoint.config
-        prefix = f"model.layers.{layer}.mlp"
-        self._config, self._layer, self._exchange = config, layer, exchange
-        self._router = Router(checkpoint, f"{prefix}.gate")
-        self._shared = None
-        if config.n_shared_experts:
-            inner_size = config.moe_intermediate_size * config.n_shared_experts
-            self._shared = _Mlp(checkpoint, f"{prefix}.shared_experts", inner_size)
+    def __init__(self, checkpoint: Checkpoint, layer: int, exchange: ExpertExchange, norm: Norm) -> None:
+        self._config, self._layer, self._exchange = checkpoint.config, layer, exchange
+        self._kernel = routing(checkpoint, layer, norm)
 
-    def run(self, x_TH: Tensor, num_tokens: int) -> Tensor:
-        topk_expert_TK, topk_weight_TK = self._router.run(x_TH)
-        routed = self._exchange.run(
-            self._layer, x_TH[:num_tokens], topk_expert_TK[:num_tokens], topk_weight_TK[:num_tokens]
-        )
-        if self._shared is None:
-            return pad_rows(routed)
-        out_TH = self._shared.run(x_TH, num_tokens)
-        out_TH[:num_tokens] += routed
-        return out_TH
+    def run(self, x_TH: Tensor) -> None:
+        """Adds to x_TH what the layer makes of it."""
+        routed = self._kernel.route(x_TH)
+        out_TH = self._exchange.run(self._layer, routed.normed_TH, routed.expert_TK, routed.weight_TK)
+        add_experts(x_TH, routed.shared_TH, out_TH)
 
     def run_empty(self) -> None:
         """This rank has no token: it takes part in the exchange all the same."""
@@ -109,19 +94,20 @@ class _Layer:
         config = checkpoint.config
         prefix = f"model.layers.{layer}"
         is_latent = isinstance(config.attention, LatentAttentionShape)
-        self.attention: Attention = (LatentAttention if is_latent else GroupedAttention)(checkpoint, layer)
-        self.norm_before = _norm(checkpoint, f"{prefix}.input_layernorm")
-        self.norm_after = _norm(checkpoint, f"{prefix}.post_attention_layernorm")
-        self.mlp: _Mlp | _Moe
+        norm_before, norm_after = (
+            _norm(checkpoint, f"{prefix}.{name}") for name in ("input_layernorm", "post_attention_layernorm")
+        )
+        self.attention = (latent_attention if is_latent else grouped_attention)(checkpoint, layer, norm_before)
+        self.mlp: _DenseMlp | _Moe
         if config.is_moe_layer(layer):
-            self.mlp = _Moe(checkpoint, layer, exchange)
+            self.mlp = _Moe(checkpoint, layer, exchange, norm_after)
         else:
-            self.mlp = _Mlp(checkpoint, f"{prefix}.mlp", config.intermediate_size)
+            self.mlp = _DenseMlp(checkpoint, layer, norm_after)
 
 
-def _norm(checkpoint: Checkpoint, name: str) -> RmsNorm:
+def _norm(checkpoint: Checkpoint, name: str) -> Norm:
     config = checkpoint.config
-    return RmsNorm(checkpoint.tensor(f"{name}.weight", (config.hidden_size,)), config.rms_norm_eps)
+    return Norm(checkpoint.tensor(f"{name}.weight", (config.hidden_size,)), config.rms_norm_eps)
 
 
 class Model:
@@ -140,47 +126,40 @@ class Model:
             raise ValueError("KV cache must be contiguous fp32")
         self.config: ModelConfig = config
         self.kv_cache_LBPC = kv_cache_LBPC
-        self._caches_FC = kv_cache_LBPC.flatten(1, 2).unbind(0)
+        self._cache_addresses_L = [layer_BPC.data_ptr() for layer_BPC in kv_cache_LBPC]
+        self._bounds = Bounds(config.vocab_size, num_blocks, block_size, turns(config))
         self._embedding = checkpoint.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         self._layers = [_Layer(checkpoint, layer, exchange) for layer in range(config.num_hidden_layers)]
-        self._norm = _norm(checkpoint, "model.norm")
-        self._rotary = RotaryTable(config)
         head = self._embedding
         if not config.tie_word_embeddings:
             head = checkpoint.tensor("lm_head.weight", (config.vocab_size, config.hidden_size))
-        self._head = input_major(head)
+        self._head = HeadKernel(_norm(checkpoint, "model.norm"), PackedWeight(head))
 
     @torch.inference_mode()
     def forward(self, batch: Batch, on_kv: Callable[[int], None] | None = None) -> Tensor:
         """Logits fp32 [S, V] of the asked tokens; writes the cache rows of all tokens.
 
-        ``on_kv(layer)`` is called as soon as the cache rows of a layer are written. Raises ValueError for a token id or
-        position out of range, and VoidRound when the exchange does; the cache rows written until then are void.
+        ``on_kv(layer)`` is called as soon as the cache rows of a layer are written. Raises ValueError for a token id,
+        position, request, block or row out of range, before anything is written, and VoidRound when the exchange does;
+        the cache rows written until then are void.
         """
-        num_tokens = len(batch.token_ids_T)
-        if num_tokens == 0:
+        if len(batch.token_ids_T) == 0:
             for layer in self._layers:
                 if isinstance(layer.mlp, _Moe):
                     layer.mlp.run_empty()
             return torch.empty((0, self.config.vocab_size))
-        self._check(batch)
-        plan = plan_attention(
-            batch.position_T, batch.request_index_T, batch.block_table_RW, self.kv_cache_LBPC.shape[2]
+        checked = CheckedBatch(
+            batch.token_ids_T,
+            batch.position_T,
+            batch.request_index_T,
+            batch.block_table_RW,
+            batch.logit_index_S,
+            self._bounds,
         )
-        padding = num_padded(num_tokens) - num_tokens
-        x_TH = self._embedding.index_select(0, torch.from_numpy(np.pad(batch.token_ids_T, (0, padding))))
-        turn_T1h = self._rotary.at(torch.from_numpy(np.pad(batch.position_T, (0, padding))))
-        for number, (layer, cache_FC) in enumerate(zip(self._layers, self._caches_FC, strict=True)):
-            x_TH = x_TH + layer.attention.run(layer.norm_before.run(x_TH), turn_T1h, plan, cache_FC)
+        x_TH = embed(checked, self._embedding)
+        for number, (layer, cache_address) in enumerate(zip(self._layers, self._cache_addresses_L, strict=True)):
+            layer.attention.run(checked, cache_address, x_TH)
             if on_kv:
                 on_kv(number)
-            x_TH = x_TH + layer.mlp.run(layer.norm_after.run(x_TH), num_tokens)
-        asked_SH = pad_rows(x_TH.index_select(0, torch.from_numpy(batch.logit_index_S)))
-        logits = linear(self._norm.run(asked_SH), self._head)
-        return logits[: len(batch.logit_index_S)]
-
-    def _check(self, batch: Batch) -> None:
-        if batch.token_ids_T.min() < 0 or batch.token_ids_T.max() >= self.config.vocab_size:
-            raise ValueError(f"token id outside 0..{self.config.vocab_size - 1}")
-        if batch.position_T.min() < 0 or batch.position_T.max() >= self.config.max_position_embeddings:
-            raise ValueError(f"position outside 0..{self.config.max_position_embeddings - 1}")
+            layer.mlp.run(x_TH)
+        return self._head.run(checked, x_TH)

@@ -9,22 +9,15 @@ from common.model.architecture import Yarn
 from common.model.config import ModelConfig
 
 
-class RotaryTable:
-    """attention_factor * (cos + i sin) of every position's angles, [max_position_embeddings, rotary / 2], complex64."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        dim, rope = config.attention.rotary_dim, config.rope
-        frequency = 1.0 / (rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float) / dim))
-        if rope.yarn is not None:
-            frequency = _slowed_down(frequency, rope.theta, rope.yarn)
-        angle = torch.arange(config.max_position_embeddings, dtype=torch.float)[:, None] * frequency
-        self._turn = torch.complex(angle.cos(), angle.sin())
-        if rope.yarn is not None:
-            self._turn.mul_(rope.yarn.attention_factor)
-
-    def at(self, position_T: Tensor) -> Tensor:
-        """[T, 1, rotary / 2], to multiply pairs of rotary dimensions with."""
-        return self._turn.index_select(0, position_T)[:, None]
+def turns(config: ModelConfig) -> Tensor:
+    """attention_factor * (cosine, sine) of every position's angles: fp32 [max_position_embeddings, rotary / 2, 2]."""
+    dim, rope = config.attention.rotary_dim, config.rope
+    frequency = 1.0 / (rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float) / dim))
+    if rope.yarn is not None:
+        frequency = _slowed_down(frequency, rope.theta, rope.yarn)
+    angle = torch.arange(config.max_position_embeddings, dtype=torch.float)[:, None] * frequency
+    turn_Ph2 = torch.stack((angle.cos(), angle.sin()), dim=2)
+    return turn_Ph2 if rope.yarn is None else turn_Ph2 * rope.yarn.attention_factor
 
 
 def pair_order(dim: int, interleaved: bool) -> Tensor:

@@ -1,48 +1,45 @@
-"""Which experts a token goes to, and with what weight.
-
-Legend: T tokens, H hidden, E routed experts, K experts per token, G groups.
+"""Which experts a token goes to, and with what weight: a layer's gate (DeepSeek-V3, arXiv:2412.19437, section 2.1.2;
+DeepSeek-V2, arXiv:2405.04434, 2.2) and its shared experts.
 """
 
 import torch
 from torch import Tensor
 
 from common.model.checkpoint import Checkpoint
-from common.model.row_blocks import input_major, linear, sigmoid, softmax
+from kernels.cpu.linear import PackedWeight
+from kernels.cpu.mlp import Choice, MlpWeights, MoeKernel, Norm
 
 
-class Router:
-    """The gate of one layer (DeepSeek-V3, arXiv:2412.19437, section 2.1.2; DeepSeek-V2, arXiv:2405.04434, 2.2)."""
+def routing(checkpoint: Checkpoint, layer: int, norm: Norm) -> MoeKernel:
+    """Behind ``norm``. The correction bias takes part in the choice, not in the weight."""
+    config, routing = checkpoint.config, checkpoint.config.routing
+    prefix = f"model.layers.{layer}.mlp"
+    num_experts = config.n_routed_experts
+    gate = checkpoint.tensor(f"{prefix}.gate.weight", (num_experts, config.hidden_size))
+    bias_E: Tensor | None = None
+    if routing.scoring == "sigmoid":
+        bias_E = checkpoint.tensor(f"{prefix}.gate.e_score_correction_bias", (num_experts,))
+    choice = Choice(
+        top_k=config.num_experts_per_tok,
+        is_sigmoid=routing.scoring == "sigmoid",
+        is_normalised=routing.norm_topk_prob,
+        scaling=routing.routed_scaling_factor,
+        bias_E=bias_E,
+        num_groups=routing.n_group,
+        num_kept_groups=routing.topk_group,
+        num_scored=routing.num_scored_per_group,
+    )
+    shared = None
+    if config.n_shared_experts:
+        inner_size = config.moe_intermediate_size * config.n_shared_experts
+        shared = mlp_weights(checkpoint, f"{prefix}.shared_experts", inner_size)
+    return MoeKernel(norm, PackedWeight(gate), choice, shared)
 
-    def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
-        config = checkpoint.config
-        self._routing, self._num_experts = config.routing, config.n_routed_experts
-        self._top_k = config.num_experts_per_tok
-        self._gate = input_major(checkpoint.tensor(f"{prefix}.weight", (config.n_routed_experts, config.hidden_size)))
-        self._bias_E: Tensor | None = None
-        if self._routing.scoring == "sigmoid":
-            self._bias_E = checkpoint.tensor(f"{prefix}.e_score_correction_bias", (config.n_routed_experts,))
 
-    def run(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
-        """(logical experts int64, weights fp32), both [T, K], best first; x_TH padded to row blocks.
-
-        The correction bias takes part in the choice, not in the weight. With groups, experts of the best ones stay.
-        """
-        routing = self._routing
-        logits_TE = linear(x_TH, self._gate)
-        score_TE = sigmoid(logits_TE) if routing.scoring == "sigmoid" else softmax(logits_TE)
-        choice_TE = score_TE if self._bias_E is None else score_TE + self._bias_E
-        if routing.n_group > 1:
-            choice_TE = self._without_weak_groups(choice_TE)
-        expert_TK = choice_TE.topk(self._top_k, dim=-1).indices
-        weight_TK = score_TE.gather(1, expert_TK)
-        if routing.norm_topk_prob:
-            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).add_(1e-20)
-        return expert_TK, weight_TK * routing.routed_scaling_factor
-
-    def _without_weak_groups(self, choice_TE: Tensor) -> Tensor:
-        routing = self._routing
-        by_group = choice_TE.view(-1, routing.n_group, self._num_experts // routing.n_group)
-        group_score_TG = by_group.topk(routing.num_scored_per_group, dim=-1).values.sum(-1)
-        kept = group_score_TG.topk(routing.topk_group, dim=-1).indices
-        dropped = torch.ones_like(group_score_TG, dtype=torch.bool).scatter_(1, kept, False)
-        return by_group.masked_fill(dropped[:, :, None], float("-inf")).view_as(choice_TE)
+def mlp_weights(checkpoint: Checkpoint, prefix: str, inner_size: int) -> MlpWeights:
+    """A dense layer's MLP, or the shared experts', which are one."""
+    hidden = checkpoint.config.hidden_size
+    gate = checkpoint.tensor(f"{prefix}.gate_proj.weight", (inner_size, hidden))
+    up = checkpoint.tensor(f"{prefix}.up_proj.weight", (inner_size, hidden))
+    down = checkpoint.tensor(f"{prefix}.down_proj.weight", (hidden, inner_size))
+    return MlpWeights(PackedWeight(torch.cat((gate, up))), PackedWeight(down))

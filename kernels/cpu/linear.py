@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.library import POINTER, SIZE, KernelFunction, kernel_function
+from kernels.cpu.structures import Packed
 
 PANEL = 32  # columns that lie together: gemm.h
 
@@ -22,7 +23,11 @@ class PackedWeight:
         padded_NK = torch.zeros(num_panels * PANEL, self.inner)
         padded_NK[: self.outer] = weight_NK
         self._panels = padded_NK.view(num_panels, PANEL, self.inner).transpose(1, 2).contiguous()
-        self.address = self._panels.data_ptr()
+
+    @property
+    def structure(self) -> Packed:
+        """Valid as long as this object."""
+        return Packed(self._panels.data_ptr(), self.inner, self.outer)
 
 
 def linear(x_RK: Tensor, weight: PackedWeight) -> Tensor:
@@ -31,7 +36,8 @@ def linear(x_RK: Tensor, weight: PackedWeight) -> Tensor:
     if inner != weight.inner or x_RK.dtype != torch.float32 or x_RK.stride(1) != 1:
         raise ValueError(f"rows must be fp32 [rows, {weight.inner}], got {x_RK.dtype} {list(x_RK.shape)}")
     out_RN = torch.empty(num_rows, weight.outer)
-    _linear()(x_RK.data_ptr(), x_RK.stride(0), num_rows, weight.address, inner, weight.outer, out_RN.data_ptr())
+    panels = weight.structure.at
+    _linear()(x_RK.data_ptr(), x_RK.stride(0), num_rows, panels, inner, weight.outer, out_RN.data_ptr())
     return out_RN
 
 

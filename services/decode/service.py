@@ -56,7 +56,7 @@ class DecodeService:
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Runs until ``stop``. Raises OperatorError when the checkpoint or the heap directory cannot be used."""
-        # Exact bits assume one thread (common/model/row_blocks.py), and ranks share the cores anyway.
+        # The kernels have one, and ranks share the cores.
         torch.set_num_threads(1)
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[BaseException | None] = loop.create_future()

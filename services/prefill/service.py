@@ -64,7 +64,7 @@ class PrefillService:
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Runs until ``stop``. Raises OperatorError when the checkpoint cannot be used."""
-        torch.set_num_threads(1)  # exact bits assume it: common/model/row_blocks.py
+        torch.set_num_threads(1)  # the kernels have one, and others share the cores
         with for_the_operator():
             context = self._context = open_context(self._args.monitor_address.key)
             self._endpoint = Endpoint(context, self._args.port, interface_for(self._args.host), self._network)

@@ -1,5 +1,8 @@
 """The bits of a row's logits: the same alone, in any batch, in chunks, token by token, under any expert placement."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +10,11 @@ from torch import Tensor
 
 from common.model.checkpoint import Checkpoint
 from common.model.experts import LocalExperts
+from common.model.kv_cache import Int64Array
 from common.model.model import Batch, Model
-from common.model.row_blocks import ROW_BLOCK, linear, sigmoid, silu
+from tests.kernels.cpu_levels import HERE, at_level
 from tests.unit.model.scattered_experts import ScatteredExperts
-from tests.unit.model.tiny_models import TINY_RANDOM, feed, feed_together, open_model, token_by_token
+from tests.unit.model.tiny_models import TINY_RANDOM, feed, feed_together, int64, open_model, token_by_token
 
 VOCAB = 260
 NUM_BLOCKS = 96
@@ -78,28 +82,37 @@ def test_a_lost_expert_row_changes_the_logits() -> None:
     assert float((whole[-1] - damaged[-1]).abs().max()) > 0.1
 
 
+def test_bits_depend_neither_on_the_processor_nor_on_the_number_of_threads() -> None:
+    ids = np.random.default_rng(9).integers(0, VOCAB, 90).tolist()
+    expected = feed(open_model(), [(ids, 0, list(range(6)))])[0]
+    for level in HERE:
+        with at_level(level):
+            assert torch.equal(feed(open_model(), [(ids, 0, list(range(6)))])[0], expected), level
+    torch.set_num_threads(2)
+    assert torch.equal(feed(open_model(), [(ids, 0, list(range(6)))])[0], expected)
+    torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize(
-    ("inner", "outer"), [(64, 260), (128, 416), (32, 128), (128, 64), (256, 128), (7, 33), (512, 96)]
+    ("change", "message"),
+    [
+        ({"token_ids_T": int64([0, VOCAB])}, "token id outside 0..259"),
+        ({"token_ids_T": int64([-1, 0])}, "token id outside 0..259"),
+        ({"position_T": int64([0, 1024])}, "position outside 0.."),
+        ({"position_T": int64([0, -1])}, "position outside 0.."),
+        ({"request_index_T": int64([0, 2])}, "request index outside 0..1"),
+        ({"position_T": int64([0, 32])}, "block of a block table outside 0..63"),
+        ({"block_table_RW": int64([[0, 1], [64, 1]])}, "block of a block table outside 0..63"),
+        ({"block_table_RW": int64([[-1, 1], [2, 1]])}, "block of a block table outside 0..63"),
+        ({"logit_index_S": int64([0, 2])}, "logit index outside 0..1"),
+    ],
 )
-def test_a_row_of_a_block_does_not_see_its_neighbours(inner: int, outer: int) -> None:
-    torch.manual_seed(inner + outer)
-    weight = torch.randn(inner, outer)
-    rows = torch.randn(ROW_BLOCK, inner)
-    expected = linear(rows, weight)
-    for _ in range(50):
-        block = torch.randn(4 * ROW_BLOCK, inner) * 10.0 ** float(torch.randint(-3, 4, ()))
-        place = torch.randperm(4 * ROW_BLOCK)[:ROW_BLOCK]
-        block[place] = rows
-        assert torch.equal(linear(block, weight)[place], expected)
-
-
-def test_activations_have_the_same_bits_at_every_place_and_length() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(5000) * 8
-    for activation in (sigmoid, silu, torch.exp):
-        expected = activation(x)
-        for start, size in [(0, 1), (3, 1), (1, 31), (5, 33), (7, 100), (17, 4097), (4999, 1)]:
-            assert torch.equal(activation(x[start : start + size].clone()), expected[start : start + size])
+def test_what_is_out_of_range_is_refused_and_nothing_written(change: dict[str, Int64Array], message: str) -> None:
+    model = open_model()
+    good = Batch(int64([1, 2]), int64([0, 5]), int64([0, 1]), int64([[0, -1], [3, -1]]), int64([1]))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model.forward(replace(good, **change))
+    assert bool(model.kv_cache_LBPC.isnan().all())
 
 
 def test_an_empty_batch_still_takes_part_in_every_exchange() -> None:
