@@ -3,18 +3,13 @@
 import zlib
 from itertools import chain
 
-from common.ids import NO_RANK, ProcessId, Rank
+from common.ids import ProcessId, Rank
 from common.messages import Member, Placement, View, encode
 
 
 def member_of(view: View, process: ProcessId) -> Member | None:
     """The slot that ``process`` holds in ``view``, or None."""
     return next((member for member in view.members if member.process == process), None)
-
-
-def rank_of(view: View, process: ProcessId) -> Rank:
-    member = member_of(view, process)
-    return member.rank if member else NO_RANK
 
 
 def ranks(view: View) -> tuple[Rank, ...]:

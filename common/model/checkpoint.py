@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from common.model.config import ModelConfig, load_model_config
-from common.model.experts import ExpertLayout, row_checksum
+from common.model.experts import ExpertLayout
 
 _STORED_DTYPES = {"F32", "BF16"}
 
@@ -60,7 +60,6 @@ class Checkpoint:
         self.expert_layout = ExpertLayout(config.hidden_size, config.moe_intermediate_size)
         self._file_of_tensor = file_of_tensor
         self._open_files: dict[Path, Any] = {}
-        self._expert_checksums: dict[tuple[int, int], int] = {}
         self._on_progress = on_progress
         self._num_read = self._read_bytes = 0
         self._checkpoint_bytes = sum(path.stat().st_size for path in set(file_of_tensor.values()))
@@ -122,15 +121,6 @@ class Checkpoint:
             self._mapped(f"{prefix}.down_proj.weight", (hidden, inter)),
             out_row=out_row,
         )
-
-    def expert_checksum(self, layer: int, logical_expert: int) -> int:
-        """`row_checksum` of the expert's packed row: what a copy in any rank's memory must have. Remembered."""
-        key = (layer, logical_expert)
-        if key not in self._expert_checksums:
-            row = torch.empty(self.expert_layout.row_size)
-            self.read_expert(layer, logical_expert, row)
-            self._expert_checksums[key] = row_checksum(row)
-        return self._expert_checksums[key]
 
 
 def _read_index(path: Path) -> dict[str, Path]:

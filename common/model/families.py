@@ -75,7 +75,6 @@ def _read_deepseek_v3(fields: JsonFields) -> ModelConfig:
 def _read_deepseek(fields: JsonFields, rope_interleave: bool, routing: Routing) -> ModelConfig:
     """What both generations have in common."""
     fields.choice("mlp_bias", False)
-    fields.choice("moe_layer_freq", 1)
     fields.choice("sliding_window", None)
     common = _common(fields)
     if fields.take("num_key_value_heads") not in (None, common["num_attention_heads"]):
@@ -94,6 +93,7 @@ def _read_deepseek(fields: JsonFields, rope_interleave: bool, routing: Routing) 
         n_routed_experts=fields.whole("n_routed_experts"),
         n_shared_experts=fields.whole("n_shared_experts", at_least=0),
         first_k_dense_replace=fields.whole("first_k_dense_replace", at_least=0),
+        dense_layers=_between_experts(fields, common["num_hidden_layers"]),
         attention=attention,
         routing=routing,
         rope=read_rope(fields, scales_scores=True),
@@ -117,6 +117,15 @@ def _read_qwen3_moe(fields: JsonFields) -> ModelConfig:
         rope=read_rope(fields, scales_scores=False),
         **common,
     )
+
+
+def _between_experts(fields: JsonFields, num_layers: int) -> frozenset[int]:
+    """DeepSeek has experts in each moe_layer_freq-th layer, counted from layer 0, as far as the first are not dense.
+
+    As in the code published with the weights; transformers ignores the field.
+    """
+    every = fields.whole("moe_layer_freq", default=1)
+    return frozenset(layer for layer in range(num_layers) if layer % every)
 
 
 def _dense_layers(fields: JsonFields, num_layers: int) -> frozenset[int]:

@@ -69,13 +69,6 @@ class Tokenizer:
         """Number of ids, added tokens included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
-
-    def token_id(self, token: str) -> int | None:
-        return self._backend.token_to_id(token)
-
     def token(self, id: int) -> str:
         """The vocabulary's own spelling of a token ("" for an id without one), not fit for people as its text is."""
         return self._backend.id_to_token(id) or ""

@@ -37,6 +37,30 @@ def read_header(address: int) -> torch.Tensor:
     return header
 
 
+class DeviceHeap:
+    """Mapped device memory, own or a peer's, until it is closed; how it is unmapped is the provider's."""
+
+    def __init__(self, address: int, nbytes: int, descriptor: str) -> None:
+        self.nbytes = nbytes
+        self.descriptor = descriptor
+        self._address = address
+
+    @property
+    def address(self) -> int:
+        if not self._address:
+            raise HeapError(f"heap {self.descriptor} is closed")
+        return self._address
+
+    @property
+    def bytes_U8(self) -> torch.Tensor:
+        """On the current device; for the own heap. A peer's is reached by ``address``."""
+        return as_bytes(self.address, self.nbytes)
+
+    @property
+    def header_U8(self) -> torch.Tensor:
+        return read_header(self.address)
+
+
 def clear(address: int, nbytes: int) -> None:
     call(driver.cuMemsetD8, address, 0, nbytes)
     torch.cuda.synchronize()

@@ -18,7 +18,7 @@ import torch
 from cuda.bindings import driver
 
 from kernels.symmetric_memory.base import HeapError
-from kernels.symmetric_memory.device_memory import as_bytes, call, clear, read_header
+from kernels.symmetric_memory.device_memory import DeviceHeap, call, clear
 
 _KIND = "nvshmem"
 _NO_JOB = "-"
@@ -39,27 +39,12 @@ def new_unique_id(symmetric_bytes: int) -> bytes:
     return bytes(nvshmem.get_unique_id()._data.tobytes())
 
 
-class NvshmemHeap:
+class NvshmemHeap(DeviceHeap):
     """Device memory, own or a peer's. ``is_ipc``: mapped by CUDA IPC, from ``base``."""
 
     def __init__(self, address: int, nbytes: int, descriptor: str, base: int, is_ipc: bool) -> None:
-        self.nbytes = nbytes
-        self.descriptor = descriptor
-        self._address, self._base, self._is_ipc = address, base, is_ipc
-
-    @property
-    def address(self) -> int:
-        if not self._address:
-            raise HeapError(f"heap {self.descriptor} is closed")
-        return self._address
-
-    @property
-    def bytes_U8(self) -> torch.Tensor:
-        return as_bytes(self.address, self.nbytes)
-
-    @property
-    def header_U8(self) -> torch.Tensor:
-        return read_header(self.address)
+        super().__init__(address, nbytes, descriptor)
+        self._base, self._is_ipc = base, is_ipc
 
     def close(self) -> None:
         """Waits for the device, then unmaps what came by IPC; NVSHMEM's own mappings last as long as the process."""

@@ -15,36 +15,19 @@ import torch
 from cuda.bindings import driver
 
 from kernels.symmetric_memory.base import HeapError
-from kernels.symmetric_memory.device_memory import as_bytes, call, clear, read_header
+from kernels.symmetric_memory.device_memory import DeviceHeap, call, clear
 from kernels.symmetric_memory.fd_holder import HolderClient
 
 _KIND = "vmm"
 _FD_HANDLE = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 
 
-class VmmHeap:
+class VmmHeap(DeviceHeap):
     """Mapped device memory, own or a peer's. ``nbytes`` is what was asked for; the mapping is whole pages."""
 
     def __init__(self, address: int, nbytes: int, mapped_bytes: int, descriptor: str) -> None:
-        self.nbytes = nbytes
-        self.descriptor = descriptor
-        self._address = address
+        super().__init__(address, nbytes, descriptor)
         self._mapped_bytes = mapped_bytes
-
-    @property
-    def address(self) -> int:
-        if not self._address:
-            raise HeapError(f"heap {self.descriptor} is closed")
-        return self._address
-
-    @property
-    def bytes_U8(self) -> torch.Tensor:
-        """On the current device; for the own heap. A peer's is reached by ``address``."""
-        return as_bytes(self.address, self.nbytes)
-
-    @property
-    def header_U8(self) -> torch.Tensor:
-        return read_header(self.address)
 
     def close(self) -> None:
         """Waits for the device, then unmaps: tensors and kernels must not use the memory any more."""

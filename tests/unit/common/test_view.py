@@ -1,6 +1,6 @@
 from common.ids import Epoch, Incarnation, ProcessId, Rank
 from common.messages import Member, Placement, View
-from common.view import digest, member_of, newcomers, orphans, rank_of, ranks
+from common.view import digest, member_of, newcomers, orphans, ranks
 
 PLACEMENT = Placement(1, (((0, 1), (1, 2), (2, -1)), ((2, 0), (0, 1), (1, 2))))
 
@@ -15,7 +15,7 @@ def _view(epoch: int, *members: Member, placement: Placement = PLACEMENT) -> Vie
 
 def test_a_process_finds_its_slot() -> None:
     view = _view(1, _member(0), _member(2))
-    assert rank_of(view, ProcessId("p2.1024")) == 2
+    assert member_of(view, ProcessId("p2.1024")) == _member(2)
     assert member_of(view, ProcessId("p1.1024")) is None
     assert ranks(view) == (0, 2)
 

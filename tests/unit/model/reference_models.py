@@ -1,5 +1,6 @@
 """Tiny random checkpoints of every model family, written by transformers, which also says what their logits are."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 16,
     },
     "v2-yarn-attention_factor": {"rope_parameters": yarn(attention_factor=0.8), "first_k_dense_replace": 0},
+    "v2-dense_between": {"moe_layer_freq": 2, "num_hidden_layers": 5},
+    "v3-dense_between-all_moe": {"moe_layer_freq": 3, "num_hidden_layers": 5, "first_k_dense_replace": 0},
     "qwen3-plain": {},
     "qwen3-no_norm-tied-dense_first": {
         "norm_topk_prob": False,
@@ -133,6 +136,8 @@ def save_reference(directory: Path, variant: str) -> Any:
     torch.manual_seed(len(variant))
     config = getattr(transformers, f"{name}Config")(**settings, attn_implementation="eager")
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    if "moe_layer_freq" in settings:
+        put_dense_layers_between(model, settings["moe_layer_freq"])
     with torch.no_grad():
         for parameter, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if parameter.endswith("e_score_correction_bias"):
@@ -144,6 +149,16 @@ def save_reference(directory: Path, variant: str) -> Any:
     state = {key: tensor.to(saved_as) for key, tensor in model.state_dict().items()}
     model.save_pretrained(directory, state_dict=state, max_shard_size=max_shard_size)
     return model
+
+
+def put_dense_layers_between(model: Any, moe_layer_freq: int) -> None:
+    """What transformers leaves out: DeepSeek's own code has experts in each moe_layer_freq-th layer only."""
+    dense = getattr(sys.modules[type(model).__module__], type(model).__name__.replace("ForCausalLM", "MLP"))
+    for number, layer in enumerate(model.model.layers):
+        if number % moe_layer_freq:
+            layer.mlp = dense(model.config).eval()
+            for parameter in layer.mlp.parameters():
+                torch.nn.init.normal_(parameter, std=model.config.initializer_range)
 
 
 def reference_logits(model: Any, ids: list[int]) -> torch.Tensor:

@@ -164,6 +164,18 @@ def test_dense_layers_of_qwen3_may_come_anywhere(dense: dict[str, Any], moe_laye
     assert config.moe_layers == tuple(moe_layers) and config.num_moe_layers == len(moe_layers)
 
 
+@pytest.mark.parametrize(
+    ("fields", "moe_layers"),
+    [
+        ({"moe_layer_freq": 2}, range(2, 27, 2)),
+        ({"moe_layer_freq": 5, "first_k_dense_replace": 0}, range(0, 27, 5)),
+        ({"moe_layer_freq": 3, "first_k_dense_replace": 4}, range(6, 27, 3)),
+    ],
+)
+def test_dense_layers_of_deepseek_may_lie_between(fields: dict[str, Any], moe_layers: range) -> None:
+    assert model_config_from_dict(PUBLISHED_V2_LITE | fields).moe_layers == tuple(moe_layers)
+
+
 def yarn(**settings: object) -> dict[str, Any]:
     return {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 64, **settings}
 
@@ -177,7 +189,7 @@ def yarn(**settings: object) -> dict[str, Any]:
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
         ({"topk_method": "greedy"}, "topk_method = 'greedy'"),
-        ({"moe_layer_freq": 2}, "moe_layer_freq = 2"),
+        ({"moe_layer_freq": 0}, "moe_layer_freq must be at least 1"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"dtype": "float16"}, "dtype = 'float16'"),
         ({"num_key_value_heads": 2}, "num_key_value_heads"),

@@ -18,7 +18,7 @@ def test_text_survives_the_round_trip() -> None:
     for text in ("hello", " two  spaces ", "grüße, 日本語 🙂\n\x00"):
         assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
     assert TOKENIZER.vocab_size == 260
-    assert TOKENIZER.encode("<|eos|>") == [1] == [TOKENIZER.token_id("<|eos|>")]
+    assert TOKENIZER.encode("<|eos|>") == [1]
     assert TOKENIZER.decode([1]) == ""
     assert TOKENIZER.decode([1], skip_special_tokens=False) == "<|eos|>"
 
@@ -89,7 +89,6 @@ def test_the_template_may_refuse_and_may_be_missing(tmp_path: Path) -> None:
     with pytest.raises(ChatTemplateError, match="role tool is not supported here"):
         TOKENIZER.render_chat([{"role": "tool", "content": "x"}])
     without = with_template(tmp_path, None)
-    assert not without.has_chat_template
     with pytest.raises(ChatTemplateError, match="no chat template"):
         without.render_chat([])
 
