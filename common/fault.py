@@ -1,4 +1,4 @@
-"""Fault events: what an outsider may publish on topic ``fault``, checked before anything believes it (DESIGN 10).
+"""Fault events (docs/wire-protocol.md): what an outsider may publish on topic ``fault``, checked before it is believed.
 
 A plain MessagePack map, so that any client can write one::
 

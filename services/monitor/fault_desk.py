@@ -1,4 +1,4 @@
-"""Carries fault events out and proves it (DESIGN 10): an injector that does nothing would make every test pass.
+"""Carries fault events out (docs/wire-protocol.md) and proves it: idle injectors would make every test pass.
 
     received --malformed, unknown target, cannot be done--> refused
     received --monitor not ready--> deferred (repeat it)

@@ -1,4 +1,4 @@
-"""How processes come into the group: slots for standbys, formation, two-phase joins (PROTOCOL 4; contract of docs).
+"""How processes come into the group: slots for standbys, formation, two-phase joins (PROTOCOL 4).
 
 standby --a slot is free and the group too small--> slot given --> asked to prepare --> in force
                                                       ^                  |

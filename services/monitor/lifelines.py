@@ -1,4 +1,4 @@
-"""Plain TCP streams that the kernel closes when their process dies (DESIGN 4).
+"""Plain TCP streams that the kernel closes when their process dies (docs/architecture.md, processes).
 
     never seen --opened--> OPEN --last connection closed--> CLOSED --opened again--> OPEN
 

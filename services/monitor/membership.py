@@ -1,4 +1,4 @@
-"""Who is in the group: evidence in, views out (DESIGN 7; PROTOCOL 3, 4, 5). The one place where that is decided.
+"""Who is in the group: evidence in, views out (PROTOCOL 3, 4, 5). The one place where that is decided.
 
     standby --slot given--> joining --prepared view in force--> member --evidence--> removed --gone or left--> slot free
                                ^                                            |
@@ -12,7 +12,7 @@ Invariants:
   memory that is not trusted, a fault event, a scaling;
 * a removal beats a join: it is computed from the current view, under a new number, and newcomers prepare again.
 
-If you change a rule here, change PROTOCOL's counterpart in docs and the simulation in tests/unit/monitor.
+If you change a rule here, change its counterpart in docs/protocol.md and the simulation in tests/unit/monitor.
 """
 
 from dataclasses import replace
