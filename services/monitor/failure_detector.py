@@ -4,6 +4,8 @@ silent     nothing heard for heartbeat_timeout_s of the monitor's own on-time ti
 stuck      heartbeats come, but no progress for that long while another member waits for this one
 behind     the published view's epoch not reported, and no progress made, within adopt_timeout_s: who loads repaired
            experts makes progress, and gets up to prepare_timeout_s
+half in    some have entered the prepared view, so that all were ready; for adopt_timeout_s nobody has followed, and who
+           is missing has made no progress: a first header was lost on its way
 """
 
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from common.config import MonitorConfig
 from common.ids import ProcessId
 from common.messages import Member, View
+from services.monitor.prepared_view import PreparedView
 from services.monitor.processes import ProcessTable, reports
 from services.monitor.ticks import TickClock
 
@@ -27,6 +30,7 @@ class FailureDetector:
         self._config, self._table, self._clock = config, table, clock
         self._standstill: dict[ProcessId, tuple[int, float]] = {}  # of awaited members: progress, and since when
         self._adopting: dict[ProcessId, tuple[int, float]] = {}  # of members that are behind: the same
+        self._entering: tuple[tuple[tuple[ProcessId, int], ...], float] | None = None  # of who is not in: the same
 
     def silent(self, view: View, now: float) -> list[Suspect]:
         found = []
@@ -83,7 +87,19 @@ class FailureDetector:
                 found.append(Suspect(member.process, f"no progress while ranks {waiters} wait for it", since))
         return found
 
+    def is_half_in(self, prepared: PreparedView | None, now: float) -> bool:
+        """To be called at every tick: it compares with what was seen at the ticks before."""
+        if prepared is None or not prepared.entered or prepared.is_in_force:
+            self._entering = None
+            return False
+        records = [self._table.get(process) for process in prepared.waiting]
+        seen = tuple((record.id, record.beat.progress) for record in records if record is not None)
+        if self._entering is None or self._entering[0] != seen:
+            self._entering = seen, now
+        return self._clock.elapsed(self._entering[1], now) > self._config.adopt_timeout_s
+
     def restart(self) -> None:
         """A new view: whatever was awaited belonged to the old one."""
         self._standstill.clear()
         self._adopting.clear()
+        self._entering = None

@@ -148,6 +148,15 @@ class Joining:
             return
         if self._clock.elapsed(prepared.started_at, now) <= self._config.monitor.prepare_timeout_s:
             return
+        if late := self.late(prepared, now):
+            self._overdue |= late
+        elif prepared.base is None:
+            self.form_again(now)
+        else:
+            prepared.started_at = now  # all newcomers are in; a member that is not will be void, silent, or removed
+
+    def late(self, prepared: PreparedView, now: float) -> set[ProcessId]:
+        """Newcomers that hold up the prepared view, whose time is over."""
         waiting = set(prepared.waiting)
         if prepared.base is not None:
             late = waiting & set(prepared.newcomers)
@@ -155,12 +164,7 @@ class Joining:
         else:
             late = {process for process in waiting if self._holds_up(prepared, process)}
         self._outbox.emit("join_failed", now, epoch=prepared.view.epoch, waiting=sorted(waiting), late=sorted(late))
-        if late:
-            self._overdue |= late
-        elif prepared.base is None:
-            self.form_again(now)
-        else:
-            prepared.started_at = now  # all newcomers are in; a member that is not will be void, silent, or removed
+        return late
 
     def _missed_by_members(self, prepared: PreparedView) -> set[ProcessId]:
         """Newcomers of which a member lacks the first header: no other is to blame if one of them has no path there."""

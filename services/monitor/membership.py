@@ -7,6 +7,7 @@
 The evidence is gathered here; what a removal does is in `removals`, what follows a void round in `void_rounds`.
 
 Invariants:
+* a prepared view that only some of its members enter ends in a new view;
 * a member is removed only for: known gone, left by itself, lifeline cut, silence (counted in this monitor's on-time
   ticks), no answer to a roll call, a published view not adopted in time, a broken path, slowness (if configured),
   memory that is not trusted, a fault event, a scaling;
@@ -123,7 +124,25 @@ class Membership:
         self._joining.on_tick(now)
         for process in self._joining.overdue():
             self._removals.remove([Removal(process, "did not get ready in time", now)], now)
+        if (
+            self._detector.is_half_in(self._group.prepared, now)
+            and not self._is_deaf
+            and not self._void_rounds.is_calling
+        ):
+            self._end_half_entered(now)
         self._group.on_tick(now)
+
+    def _end_half_entered(self, now: float) -> None:
+        """Who is in stands still until the others are: whatever they lack, a new view ends it."""
+        prepared = self._group.prepared
+        if prepared is None or prepared.base is None:  # a formation keeps nobody from serving
+            return
+        evidence = f"view {prepared.view.epoch} was entered by others only"
+        late = [process for process in sorted(self._joining.late(prepared, now)) if self._slots.of_process(process)]
+        if late:
+            self._removals.remove([Removal(process, evidence, prepared.started_at) for process in late], now)
+        else:
+            self._removals.publish_same_members(evidence, now)
 
     def _remove_suspects(self, now: float) -> None:
         """A cut network closes lifelines and delays adoption too; deaths that agents have seen come another way."""

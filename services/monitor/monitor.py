@@ -49,13 +49,11 @@ from services.monitor.removals import Removals
 from services.monitor.sizing import Sizing
 from services.monitor.slots import SlotTable
 from services.monitor.slow_ranks import SlowRanks
-from services.monitor.strangers import Strangers
+from services.monitor.strangers import BEAT_SUFFIX, Strangers, is_impostor
 from services.monitor.takeover import Phase, Takeover
 from services.monitor.terms import EpochCounter
 from services.monitor.ticks import TickClock
 from services.monitor.void_rounds import VoidRounds
-
-BEAT_SUFFIX = "#beat"  # identity of a process's heartbeat thread
 
 
 class Monitor:
@@ -126,6 +124,8 @@ class Monitor:
 
     def on_message(self, peer: ProcessId, message: Message, now: float) -> list[Action]:
         """``peer``: the identity it came from. What is not for a monitor is ignored."""
+        if is_impostor(peer, message):
+            return self.on_stranger("control", "speaks for another process", now)
         process = self.table.get(ProcessId(peer.removesuffix(BEAT_SUFFIX)))
         if process is not None and not isinstance(message, Injected):  # which passes a cut network
             process.heard_at = now

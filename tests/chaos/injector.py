@@ -13,6 +13,7 @@ from common.process_table import processes_of, state_of
 from services.cli.fault import FaultClient, fault_event, scale_event
 from services.cli.run_directory import monitor_address
 from tests.chaos.schedule import SIGNALS, UNDONE_BY, Fault
+from tests.chaos.witness import Witness
 from tests.cluster.harness import Cluster
 
 _PROOF_S, _ANSWER_S = 5.0, 30.0
@@ -21,12 +22,11 @@ _SPARED = ("router", "cli")  # streams live in the router; `regrow up` is the op
 
 @dataclass
 class Injector:
-    """``size``: what the cluster is scaled back to. ``story``: what was done, with seconds since the start."""
+    """``size``: what the cluster is scaled back to."""
 
     cluster: Cluster
     size: tuple[int, int]
-    started: float = field(default_factory=time.monotonic)
-    story: list[str] = field(default_factory=list)
+    witness: Witness = field(default_factory=Witness)
     num_done: dict[str, int] = field(default_factory=dict)
     num_refused: int = 0
     _masked: set[int] = field(default_factory=set)
@@ -38,7 +38,7 @@ class Injector:
             await self._event(fault)
 
     def _tell(self, text: str) -> None:
-        self.story.append(f"{time.monotonic() - self.started:7.2f} s  {text}")
+        self.witness.tell(text)
 
     def _count(self, fault: Fault) -> None:
         name = f"{fault.action} {fault.kind}"

@@ -10,18 +10,17 @@ fails prints its story, the cluster's last events, and the command that gives th
 import argparse
 import asyncio
 import itertools
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-
 from services.cli.chat_client import Stream
+from services.cli.run_directory import monitor_address
 from tests.chaos.injector import Injector
 from tests.chaos.schedule import Fault, schedule
 from tests.cluster.harness import Cluster, outcome, stream_all, varied_bodies
@@ -29,25 +28,37 @@ from tests.cluster.harness import Cluster, outcome, stream_all, varied_bodies
 NUM_STREAMS, MAX_TOKENS, NUM_RANKS, NUM_PREFILL = 12, 120, 4, 2
 CLUSTER_OPTIONS = ("--decode-ranks", str(NUM_RANKS), "--prefill-workers", str(NUM_PREFILL))
 _WHOLE_S = 90.0
-_LONG_GAP_S = 20.0  # longer than any deadline: worth a look, though nothing was wrong
+_LONG_GAP_S = 8.0  # longer than a deadline and its roll call: worth a look, though nothing was wrong
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Between two pieces of a stream, or in front of the first one; seconds since the start of the run."""
+
+    seconds: float
+    from_s: float
+    stream: str = ""
 
 
 @dataclass
 class Tally:
+    """``broken``: streams that ended because their router died. ``asked_again``: answers to the same requests."""
+
     injector: Injector
     num_streams: int = 0
     wrong: list[str] = field(default_factory=list)
-    gaps_s: list[float] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
 
     @property
     def num_faults(self) -> int:
         return sum(self.injector.num_done.values())
 
     def compare(self, streams: list[Stream], expected: list[Stream]) -> None:
-        at = time.monotonic() - self.injector.started
+        started, at = self.injector.witness.started, self.injector.witness.now_s
         for number, (stream, fault_free) in enumerate(zip(streams, expected, strict=True)):
             self.num_streams += 1
-            self.gaps_s.append(stream.largest_gap_s(0.0))
+            self.gaps.append(_largest_gap(stream, started))
             if stream.error or outcome(stream) != outcome(fault_free):
                 what = stream.error or f"differs from the fault-free run after {_num_same(stream, fault_free)} tokens"
                 self.wrong.append(f"stream {number} of the round that ended at {at:.2f} s: {what}")
@@ -56,6 +67,11 @@ class Tally:
 def _num_same(stream: Stream, fault_free: Stream) -> int:
     pairs = zip(stream.logprobs, fault_free.logprobs, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _largest_gap(stream: Stream, started: float) -> Gap:
+    gaps = [Gap(after - before, before - started, stream.id) for before, after in pairwise(stream.times)]
+    return max(gaps, key=lambda gap: gap.seconds, default=Gap(0.0, 0.0, stream.id))
 
 
 def is_whole(status: dict[str, Any]) -> bool:
@@ -69,15 +85,16 @@ async def run_chaos(cluster: Cluster, seed: int, seconds: float, tally: Tally) -
     expected = await stream_all(cluster.url, bodies)
     for stream in expected:
         assert (stream.error, stream.finish, len(stream.logprobs)) == ("", "length", MAX_TOKENS)
-    disturbing = asyncio.create_task(_disturb(tally.injector, schedule(seed), time.monotonic() + seconds))
-    try:
-        while not disturbing.done():
-            tally.compare(await stream_all(cluster.url, bodies), expected)
-        await disturbing
-    finally:
-        disturbing.cancel()
-    await tally.injector.undo_all()
-    await cluster.wait_status(is_whole, _WHOLE_S)
+    async with tally.injector.witness.watching(monitor_address(cluster.run_dir)):
+        disturbing = asyncio.create_task(_disturb(tally.injector, schedule(seed), time.monotonic() + seconds))
+        try:
+            while not disturbing.done():
+                tally.compare(await stream_all(cluster.url, bodies), expected)
+            await disturbing
+        finally:
+            disturbing.cancel()
+        await tally.injector.undo_all()
+        await cluster.wait_status(is_whole, _WHOLE_S)
 
 
 async def _disturb(injector: Injector, groups: Iterator[list[Fault]], end: float) -> None:
@@ -90,7 +107,7 @@ async def _disturb(injector: Injector, groups: Iterator[list[Fault]], end: float
 
 
 def report(seed: int, tally: Tally) -> str:
-    gaps = sorted(tally.gaps_s) or [0.0]
+    gaps = sorted(gap.seconds for gap in tally.gaps) or [0.0]
     faults = ", ".join(f"{count} x {name}" for name, count in sorted(tally.injector.num_done.items()))
     return (
         f"seed {seed}: {tally.num_streams} streams, {len(tally.wrong)} wrong; largest gap of a stream: "
@@ -114,8 +131,9 @@ def run_seed(seed: int, seconds: float) -> bool:
                 asyncio.run(run_chaos(cluster, seed, seconds, tally))
             except (AssertionError, ExceptionGroup) as error:
                 failure = f"seed {seed}: {error!r}"
-            if failure or tally.wrong or max(tally.gaps_s, default=0.0) > _LONG_GAP_S:
-                print("\n".join(["story:", *tally.injector.story, "events:", *_events(cluster), cluster.logs(4000)]))
+            if failure or tally.wrong:
+                print("\n".join(["story:", *tally.injector.witness.story(), cluster.logs(4000)]))
+            print("\n".join(explain_gaps(cluster, tally)))
         finally:
             cluster.stop()
     print("\n".join(filter(None, [failure, *tally.wrong, report(seed, tally)])), flush=True)
@@ -124,11 +142,16 @@ def run_seed(seed: int, seconds: float) -> bool:
     return not failure and not tally.wrong
 
 
-def _events(cluster: Cluster) -> list[str]:
-    try:
-        return [json.dumps(event) for event in cluster.status()["events"]]
-    except (aiohttp.ClientError, TimeoutError, KeyError) as error:
-        return [f"the cluster does not tell: {error!r}"]
+def explain_gaps(cluster: Cluster, tally: Tally) -> list[str]:
+    """What happened around the longest gap, and what the routers say of that stream, if it is worth a look."""
+    gap = max(tally.gaps, key=lambda gap: gap.seconds, default=Gap(0.0, 0.0))
+    if gap.seconds < _LONG_GAP_S:
+        return []
+    request = gap.stream.partition("-")[2]
+    logs = [line for path in cluster.run_dir.glob("logs/router-*") for line in path.read_text().splitlines()]
+    heading = f"a stream waited {gap.seconds:.2f} s, from {gap.from_s:.2f} s on:"
+    story = tally.injector.witness.story(gap.from_s, gap.from_s + gap.seconds)
+    return [heading, *story, *[line for line in logs if request and request in line]]
 
 
 def main() -> int:

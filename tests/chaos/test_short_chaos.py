@@ -33,7 +33,7 @@ def test_twenty_seconds_of_faults_change_no_stream(tmp_path: Path) -> None:
         cluster.wait_ready()
         tally = new_tally(cluster)
         asyncio.run(run_chaos(cluster, 1, 20.0, tally))
-        story = "\n".join([report(1, tally), *tally.wrong, *tally.injector.story])
+        story = "\n".join([report(1, tally), *tally.wrong, *tally.injector.witness.story()])
         assert tally.wrong == [], f"{story}\n{cluster.logs()}"
         assert tally.num_faults >= 3, f"hardly any fault happened\n{story}"
     finally:

@@ -79,6 +79,10 @@ def stale(view: View) -> list[Message]:
         msgspec.structs.replace(view, term=view.term - 1024, epoch=Epoch(view.epoch + 500), members=view.members[:1]),
         TokenBatch(rank, gone, old_epoch, ()),
         Heartbeat(ProcessId("nobody"), NO_RANK),
+        # True to the present, but said for somebody else.
+        Heartbeat(process, rank, first.incarnation, view.term, view.epoch, "void"),
+        VoidReport(process, rank, first.incarnation, view.epoch, 7, (1, 2, 3)),
+        SlotLeft(process, rank, first.incarnation, view.epoch),
         Release("no-such-request", 3),  # type: ignore[arg-type]
     ]
 

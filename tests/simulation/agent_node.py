@@ -10,6 +10,7 @@ from services.agent.exit_reports import ExitReports
 from services.agent.signal_requests import Answer, Deliver, SignalRequests
 from services.agent.supervisor import GiveUp, Kill, Spawn, Supervisor
 from tests.simulation.client import ClientNode
+from tests.simulation.router_node import RouterNode
 from tests.simulation.world import Bad, Frames, Node, World
 
 _TICK_S = 0.05
@@ -31,9 +32,11 @@ class AgentNode(ClientNode):
         self._start_process, self._wanted = start_process, wanted
         self._supervisor = Supervisor(names, config, world.random, world.now)
         self._requests, self._reports = SignalRequests(), ExitReports()
+        self._num_routers = sum(name.startswith("router-") for name in names)
         self._take_over()
         for kind, count in wanted.items():
             self._perform(self._supervisor.on_set_children(kind, count, (), world.now))
+        self._supervisor.keep_routers(self._num_routers)
         world.death_watchers.append(self._on_pidfd)
         self._tick()
 
@@ -43,7 +46,7 @@ class AgentNode(ClientNode):
             if not node.is_alive:
                 self.world.memory.remove_files_of(node)
                 continue
-            if node.name not in self._supervisor.children and node.kind in self._wanted:
+            if node.name not in self._supervisor.children and (node.kind in self._wanted or node.kind == "router"):
                 self._supervisor.add(node.name, self.world.now)
             if node.name in self._supervisor.children:
                 self._supervisor.on_spawned(node.name, node.process, self.world.next_pid(), self.world.now)
@@ -101,6 +104,9 @@ class AgentNode(ClientNode):
             node.die(f"signal {signal}")
         elif signal == "TERM":
             node.run(node.terminate)
+        elif signal == "USR1":
+            assert isinstance(node, RouterNode)
+            node.run(node.retire)
         elif signal == "CONT":
             node.stopped_until = self.world.now
         else:
@@ -119,12 +125,15 @@ class AgentNode(ClientNode):
         self._answer(self._requests.on_exit(node.process, reason))
         self.world.memory.remove_files_of(node)
         self._perform(self._supervisor.on_exit(node.name, reason, now))
+        self._supervisor.keep_routers(self._num_routers)
 
     def _answer(self, wanted: Sequence[signal_requests.Action]) -> None:
         for action in wanted:
             match action:
                 case Answer(message=message):
                     self.tell_monitor(message)
+                case Deliver(process=process, signal=signal_requests.RESTART):
+                    self._perform(self._supervisor.on_restart(process, self.world.now))
                 case Deliver(process=process, signal=signal):
                     if signal in ("KILL", "TERM"):
                         self._supervisor.on_asked_to_kill(process)

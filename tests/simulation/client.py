@@ -1,7 +1,19 @@
 """What every process does towards the monitor: `common.monitor_client` without its sockets. `Obedience` decides."""
 
 from common.ids import ProcessId
-from common.messages import AskView, Directory, Heartbeat, HeartbeatReply, Hello, Message, Refusal, View
+from common.messages import (
+    AskView,
+    Directory,
+    Heartbeat,
+    HeartbeatReply,
+    Hello,
+    Inject,
+    Injected,
+    Message,
+    Refusal,
+    View,
+)
+from common.network_cut import NetworkCut
 from common.obedience import Obedience
 from tests.simulation.world import MONITOR, Bad, Frames, Node, World
 
@@ -15,6 +27,8 @@ class ClientNode(Node):
     def __init__(self, world: World, name: str, process: ProcessId | None = None) -> None:
         super().__init__(world, name, process)
         self.obedience = Obedience()
+        self.network = NetworkCut()
+        self._injected: dict[str, Injected] = {}
         self._lifeline: tuple[Node, int] | None = None  # the monitor that holds the other end
 
     def start(self) -> None:
@@ -39,6 +53,22 @@ class ClientNode(Node):
     def tell_monitor(self, message: Message) -> None:
         self.send(MONITOR, message)
 
+    def send(self, target: str, message: Message, frames: Frames = (), lane: str = "") -> None:
+        """The word that a cut is in force passes it."""
+        side = MONITOR if target == MONITOR else "peers"
+        if isinstance(message, Injected) or not self.network.drops(side, "out", self.world.now):
+            super().send(target, message, frames, lane)
+
+    def _cut_network(self, inject: Inject) -> None:
+        if inject.id not in self._injected:
+            self.network.cut(inject.which, inject.direction, self.world.now + inject.duration_s)
+            if inject.which != MONITOR:  # a first header that is lost holds up whoever was to read it
+                for node in self.world.of_kind("decode"):
+                    node.excuse = node.excuse or f"a neighbour of {self.process}"
+            self.world.tell(f"{self.process} loses {inject.direction} of {inject.which} for {inject.duration_s:.2f} s")
+            self._injected[inject.id] = Injected(self.process, inject.id, True, "messages are dropped")
+        self.tell_monitor(self._injected[inject.id])
+
     def say_hello(self) -> None:
         self.obedience.is_welcomed = False
         self.tell_monitor(self.hello())
@@ -54,7 +84,10 @@ class ClientNode(Node):
 
     def receive(self, peer: ProcessId, message: Message, frames: Frames) -> None:
         process, _, lane = peer.partition("#")
-        from_monitor = self.world.nodes[process].kind == MONITOR and lane != "bus"
+        is_monitor = self.world.nodes[process].kind == MONITOR
+        from_monitor = is_monitor and lane != "bus"
+        if self.network.drops(MONITOR if is_monitor else "peers", "in", self.world.now):
+            return
         match message:
             case HeartbeatReply():
                 if self.obedience.on_reply(message, self.heartbeat().epoch):
@@ -65,6 +98,14 @@ class ClientNode(Node):
                     raise Bad(f"the monitor refuses {self.process}: {reason}")
                 return
             case _ if from_monitor and not self.obedience.on_message(message):
+                return
+            case Inject():
+                self.excuse = self.excuse or message.action
+            case _:
+                pass
+        match message:
+            case Inject(action="drop_network"):
+                self._cut_network(message)
                 return
             case View() | Directory() if not from_monitor and not self.obedience.accepts(message):
                 return

@@ -12,6 +12,7 @@ from common.messages import (
     Have,
     Heartbeat,
     Hello,
+    Inject,
     KvHandoff,
     KvPart,
     Message,
@@ -50,6 +51,7 @@ class DecodeNode(ClientNode):
             on_end=self._on_end,
             num_monitor_words=lambda: self.obedience.num_words,
             clock=lambda: world.now,
+            network=self.network,
         )
         self.task = StreamTask(self, self.stream._run, pace)
         self.stream._inbox = TaskInbox(lambda: self.task)  # type: ignore[assignment]
@@ -75,7 +77,7 @@ class DecodeNode(ClientNode):
         match message:
             case Announce() | KvPart() | KvHandoff() | Have() | Abort() | Release() | Wake():
                 self.stream.deliver(peer, message, frames)
-            case Welcome() | Prepare() | View() | RollCall() | StagePlacement() | Directory():
+            case Welcome() | Prepare() | View() | RollCall() | StagePlacement() | Inject() | Directory():
                 self.stream.deliver(self.process, message)
             case _:
                 pass

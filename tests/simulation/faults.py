@@ -1,10 +1,11 @@
 """What goes wrong in a story, and when. Two or more faults may fall together; afterwards everything is mended."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 
 import msgspec
 
+from common.network_cut import DIRECTIONS, WHICH
 from tests.simulation.client import ClientNode
 from tests.simulation.decode_node import DecodeNode
 from tests.simulation.world import MONITOR, Node, World
@@ -13,9 +14,10 @@ _REPEAT_S = 0.5
 
 
 class Faults:
-    """``plan`` draws them; ``end`` mends what does not mend by itself, and may be called again."""
+    """``plan`` draws them; ``end`` mends what does not mend by itself, and may be called again. ``chosen``: the only
+    ones that happen, each as often as it is named."""
 
-    def __init__(self, world: World, random: Random) -> None:
+    def __init__(self, world: World, random: Random, chosen: Sequence[str] = ()) -> None:
         self._world, self._random = world, random
         self._num_events = 0
         self._unmask_at = 0.0
@@ -46,6 +48,9 @@ class Faults:
             (0.2, self._stop_everything),
             (0.5, self._zombie),
         ]
+        if chosen:
+            methods = [getattr(self, "_" + name.replace(" ", "_")) for name in chosen]
+            self._kinds = [(1.0, method) for method in methods]
 
     def plan(self, from_s: float, to_s: float) -> None:
         random = self._random
@@ -177,7 +182,7 @@ class Faults:
         self._world.checker.on_scale(sizes)
         self._publish("scale", **sizes)
 
-    def _publish(self, action: str, **fields: int) -> None:
+    def _publish(self, action: str, **fields: int | float | str) -> None:
         """A fault event, repeated until it is answered."""
         self._num_events += 1
         id = f"{action}-{self._num_events}"
@@ -237,6 +242,23 @@ class Faults:
     def _stop_router(self) -> None:
         if node := self._pick("router"):
             node.stop_for(self._seconds())
+
+    def _replace_router(self) -> None:
+        """As ``regrow restart`` does."""
+        if self._world.monitor is not None and (node := self._pick("router")):
+            self._publish("restart", process=node.name)
+
+    def _corrupt_heap(self) -> None:
+        self._hurt_itself("corrupt_heap")
+
+    def _drop_network(self) -> None:
+        which, direction = self._random.choice(WHICH), self._random.choice(DIRECTIONS)
+        self._hurt_itself("drop_network", which=which, direction=direction, duration_s=self._random.uniform(0.5, 5.0))
+
+    def _hurt_itself(self, action: str, **fields: str | float) -> None:
+        monitor = self._world.monitor
+        if monitor is not None and monitor.core.group.members:
+            self._publish(action, rank=self._random.choice(monitor.core.group.members).rank, **fields)
 
     def _stop_everything(self) -> None:
         seconds = self._random.uniform(0.5, 6.0)

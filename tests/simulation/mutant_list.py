@@ -7,13 +7,18 @@ Edit = tuple[str, str, str]
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """``edits``: (file, old text, new text); the old text stands there exactly once. ``num_seeds`` bound the search;
-    ``by_test`` is tried after them: the test that catches what stories show rarely or never."""
+    """``edits``: (file, old text, new text); the old text stands there exactly once.
+
+    ``plot``: what the stories are about (`plots`). ``seed``: of the story that caught it last; it is tried first.
+    ``by_test``: the test that catches what stories show rarely or never. ``num_seeds`` bound the search without both.
+    """
 
     name: str
     edits: tuple[Edit, ...]
     num_seeds: int = 400
     by_test: str = ""
+    seed: int | None = None
+    plot: str = ""
 
 
 _WAIT = "kernels/word_wait.py"
@@ -140,6 +145,7 @@ MUTANTS = (
                 "is Fate.FENCE:\n                self._slots.free(slot, now, removal.evidence)\n",
             ),
         ),
+        plot="zombie",
         by_test="tests/unit/monitor/test_membership.py",
     ),
     Mutant(
@@ -270,6 +276,18 @@ MUTANTS = (
                 "        return not set(self.waiting) - set(self.newcomers if self.base else ())",
             ),
         ),
+    ),
+    Mutant(
+        "a-view-that-only-some-enter-is-waited-for",
+        (
+            (
+                "services/monitor/failure_detector.py",
+                "if prepared is None or not prepared.entered or prepared.is_in_force:",
+                "if True:",
+            ),
+        ),
+        num_seeds=0,
+        by_test="tests/unit/monitor/test_joins.py",
     ),
     Mutant(
         "request-ids-reused-by-the-next-router",

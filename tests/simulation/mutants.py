@@ -34,22 +34,27 @@ def apply(mutant: Mutant, tree: Path) -> None:
         file.write_text(mutated(file.read_text(), mutant, edit))
 
 
-def catch(mutant: Mutant, first_seed: int = 0) -> str:
-    """What the checker said, with the seed, or which test failed; "" when nothing noticed."""
+def catch(mutant: Mutant) -> str:
+    """What the checker said, with the seed, or which test failed; "" when nothing noticed. What caught it before comes
+    first, so that all mutants take minutes; a search is needed only where that does not catch it any more."""
     with tempfile.TemporaryDirectory(prefix="regrow-mutant-") as directory:
         tree = Path(directory)
         apply(mutant, tree)
-        caught = _catch_by_stories(mutant, tree, first_seed) if mutant.num_seeds else ""
-        return caught or (_catch_by_test(mutant, tree) if mutant.by_test else "")
+        caught = _catch_by_stories(mutant, tree, mutant.seed, mutant.seed) if mutant.seed is not None else ""
+        if not caught and mutant.by_test:
+            caught = _catch_by_test(mutant, tree)
+        if not caught and mutant.num_seeds:
+            caught = _catch_by_stories(mutant, tree, 0, mutant.num_seeds - 1)
+        return caught
 
 
-def _catch_by_stories(mutant: Mutant, tree: Path, first_seed: int) -> str:
-    last = first_seed + mutant.num_seeds - 1
-    done = _python(tree, "-m", "tests.simulation.run", str(first_seed), "--to", str(last), "--quiet")
+def _catch_by_stories(mutant: Mutant, tree: Path, first: int, last: int) -> str:
+    plot = ("--plot", mutant.plot) if mutant.plot else ()
+    done = _python(tree, "-m", "tests.simulation.run", str(first), "--to", str(last), "--quiet", *plot)
     if done.returncode not in (0, 1) or not done.stdout:
         raise RuntimeError(f"mutant {mutant.name} does not run: {done.stderr[-2000:]}")
     caught = next((line for line in done.stdout.splitlines() if line.startswith("seed ")), "")
-    if caught and _python(ROOT, "-m", "tests.simulation.run", caught.split()[1], "--quiet").returncode:
+    if caught and _python(ROOT, "-m", "tests.simulation.run", caught.split()[1], "--quiet", *plot).returncode:
         raise RuntimeError(f"{caught}: so it does without the mutant {mutant.name}")
     return caught
 

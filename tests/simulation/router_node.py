@@ -23,13 +23,24 @@ class RouterNode(ClientNode):
         self._known = KnownCluster()
         self._waiting: list[tuple[tuple[int, ...], int]] = []  # clients from before the welcome
         self._links: set[ProcessId] = set()
+        self.is_leaving = False
         self.later(_TICK_S, self._tick)
 
     def hello(self) -> Hello:
         return Hello(self.process, "router", self.name, "h", 1, "", "agent-0")
 
     def heartbeat(self) -> Heartbeat:
-        return Heartbeat(self.process, term=self.obedience.term, epoch=self._known.epoch)
+        state = "draining" if self.is_leaving else "starting" if self.table is None else "up"
+        return Heartbeat(self.process, term=self.obedience.term, epoch=self._known.epoch, state=state)
+
+    def retire(self) -> None:
+        """SIGUSR1: its clients stay until their streams end, new ones go elsewhere once there is somebody."""
+        others = [node for node in self.world.of_kind("router") if isinstance(node, RouterNode) and node is not self]
+        self.is_leaving = self.is_leaving or any(other.table is not None for other in others)
+        if self.is_leaving and (self.table is None or not len(self.table)):
+            self.die("exit 0")
+        else:
+            self.later(_TICK_S, self.retire)
 
     def submit(self, prompt: tuple[int, ...], max_tokens: int) -> None:
         if self.table is None:

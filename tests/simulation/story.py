@@ -32,6 +32,7 @@ from tests.simulation.memory import Memory, MemoryProvider
 from tests.simulation.monitor_node import MonitorNode
 from tests.simulation.pace import Pace
 from tests.simulation.planner_node import PlannerNode
+from tests.simulation.plots import PLOTS
 from tests.simulation.prefill_node import PrefillNode
 from tests.simulation.router_node import RouterNode
 from tests.simulation.stream_task import POLL_S
@@ -45,13 +46,14 @@ _CHECK_S = 0.5
 class Story:
     """One run. ``run`` returns when all is settled and raises `Bad` (or what a core raised) when a promise broke."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, plot: str = "") -> None:
         self.random = random = Random(seed)
+        self._plot = PLOTS[plot]
         self.num_layers = random.choice((1, 1, 2))
         # Drawn apart, so that stories are the same with and without it.
         self._placement_random = Random(f"placement {seed}")
         self._moves_experts = self._placement_random.random() < 0.7
-        self.config = _config(random, self._placement_random)
+        self.config = self._plot.configured(_config(random, self._placement_random))
         self.world = world = World(seed, *_weather(random))
         world.memory = Memory(world)
         self.checker = world.checker = Checker(world, self.num_layers)
@@ -62,11 +64,13 @@ class Story:
         prefills = [f"prefill-{n}" for n in range(self.config.prefill.num_workers)]
         # Where the agent may change their number, all that run are wanted: no standbys.
         self._children_file: dict[str, int] = {}
-        if random.random() < 0.5:
+        if self._plot.has_standby:
+            decodes = [f"decode-{n}" for n in range(self.config.decode.num_ranks + 1)]
+        elif random.random() < 0.5:
             decodes = decodes[: self.config.decode.num_ranks]
             self._children_file = {"decode": len(decodes), "prefill": len(prefills)}
             self.checker.sizes = {kind: {count} for kind, count in self._children_file.items()}
-        routers = [f"router-{n}" for n in range(random.choice((1, 1, 2)))]
+        routers = [f"router-{n}" for n in range(self._plot.num_routers or random.choice((1, 1, 2)))]
         self._names = ["monitor", *routers, *prefills, *decodes]
 
     def run(self) -> None:
@@ -80,7 +84,7 @@ class Story:
             PlannerNode(world, self._placement_random, FAULTS_TO_S)
         world.death_watchers.append(self._on_death)
         self._invite_clients()
-        faults = Faults(world, self.random)
+        faults = Faults(world, self.random, self._plot.faults)
         faults.plan(FAULTS_FROM_S, FAULTS_TO_S)
         now = 0.0
         while now < FAULTS_TO_S + SETTLE_S:
@@ -116,12 +120,13 @@ class Story:
             self.world.at(random.uniform(3.0, FAULTS_TO_S), self._leave)
 
     def _submit(self, prompt: tuple[int, ...], max_tokens: int) -> None:
-        routers = self.world.of_kind("router")
+        routers = [
+            node for node in self.world.of_kind("router") if isinstance(node, RouterNode) and not node.is_leaving
+        ]
         if not routers:
             self.world.at(0.5, partial(self._submit, prompt, max_tokens))
             return
         router = self.random.choice(routers)
-        assert isinstance(router, RouterNode)
         router.run(lambda: router.submit(prompt, max_tokens))
 
     def _leave(self) -> None:

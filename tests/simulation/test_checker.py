@@ -57,6 +57,18 @@ def test_lost_doubled_wrong_extra_and_missing_tokens(
         deliver(checker, start, ids, finish)
 
 
+def test_tokens_that_lack_experts_must_be_marked_and_have_a_reason(checker: Checker) -> None:
+    marked = Deliver(REQUEST, 0, (IDS[0] + 1,), (), "", (), (), missed_experts=True)
+    with pytest.raises(Bad, match="no view ever lacked one"):
+        checker.on_deliver(marked)
+    checker.clients[REQUEST].received.clear()
+    checker.counts["degraded"] += 1
+    checker.on_deliver(marked)
+    deliver(checker, 1, (4, 4))
+    with pytest.raises(Bad, match="it had 3"):
+        deliver(checker, 1, (4, 4))
+
+
 def test_tokens_after_the_end_or_without_a_client(checker: Checker) -> None:
     deliver(checker, 0, IDS, FINISH)
     with pytest.raises(Bad, match="after its end"):

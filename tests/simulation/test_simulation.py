@@ -1,10 +1,13 @@
 """Two hundred stories of everything that may go wrong; the checker holds in each. See `story`, `faults`, `checker`."""
 
+from collections import Counter
+
 import pytest
 
 from tests.simulation.run import run_seed
 
 NUM_SEEDS, NUM_PARTS = 200, 20
+NUM_OF_PLOT = 4
 
 
 @pytest.mark.parametrize("part", range(NUM_PARTS))
@@ -19,6 +22,26 @@ def test_stories_that_broke_once(seed: int) -> None:
     """Broken paths that cost healthy ranks their places, and a roll call that was cut short by a newcomer's death."""
     story, broken = run_seed(seed)
     assert not broken, f"seed {seed} at {story.world.now:.3f}: {broken}\n" + "\n".join(story.world.story()[-80:])
+
+
+@pytest.mark.parametrize(
+    ("plot", "seen"),
+    [
+        ("zombie", "removed"),
+        ("routers", "fault: replace router"),
+        ("prompts", "prompt tokens computed by ranks"),
+        ("scarce", "pieces that lack experts"),
+        ("self", "fault: corrupt heap"),
+    ],
+)
+def test_every_promise_holds_where_stories_are_about_one_thing(plot: str, seen: str) -> None:
+    counts: Counter[str] = Counter()
+    for seed in range(NUM_OF_PLOT):
+        story, broken = run_seed(seed, plot)
+        assert not broken, f"seed {seed} at {story.world.now:.3f}: {broken}\n" + "\n".join(story.world.story()[-80:])
+        counts += story.checker.counts
+        counts.update({f"fault: {kind}": number for kind, number in story.world.num_faults.items()})
+    assert counts[seen] > 0, counts
 
 
 def test_the_same_seed_is_the_same_story() -> None:

@@ -153,6 +153,14 @@ def test_without_a_live_copy_the_checkpoint_is_read() -> None:
     assert rank.holds(AFTER) and rank.reads == 2
 
 
+def test_a_map_that_there_is_no_memory_for_takes_no_row_in_use() -> None:
+    rank = Rank(0, BEFORE, {}, None)
+    rank.staging.stage([[2, 3], [2, 3]], 2)
+    with pytest.raises(AssertionError, match="no more than there is memory for"):
+        rank.staging.copy(0.0)
+    assert rank.slots.lacking(BEFORE) == [] and rank.holds(BEFORE)
+
+
 def test_a_dropped_copy_writes_no_more() -> None:
     rank, _ = pair(CopyPace(bytes_per_s=80.0))
     rank.stage(AFTER)

@@ -2,7 +2,7 @@
 
 from common.ids import ProcessId
 from common.messages import Prepare, Signal, View, Welcome
-from tests.unit.monitor.driver import CONFIG, Driver
+from tests.unit.monitor.driver import CONFIG, Driver, Puppet
 
 
 def test_a_join_needs_the_report_of_every_member() -> None:
@@ -122,10 +122,48 @@ def test_a_newcomer_that_never_gets_ready_is_fenced() -> None:
     assert {signal.process for signal in signals} >= {newcomer.process}
 
 
+def _half_entered(driver: Driver) -> tuple[list[Puppet], Puppet, View]:
+    """The first member has entered the view that the newcomer was to join; the others wait for a header."""
+    puppets = driver.form()
+    driver.exited(puppets[2])
+    driver.advance(0.3)
+    puppets[1].follows = False
+    newcomer = driver.enter("decode", "decode-2", "decode-2-b", follows=False)
+    driver.advance(1.0)
+    driver.take_slot(newcomer)
+    prepared = puppets[0].got(Prepare)[-1].view
+    assert puppets[0].epoch == prepared.epoch > driver.epoch
+    return puppets, newcomer, prepared
+
+
+def test_a_newcomer_that_does_not_follow_into_its_view_holds_the_members_up_for_a_moment_only() -> None:
+    driver = Driver()
+    puppets, newcomer, prepared = _half_entered(driver)
+    driver.advance(CONFIG.monitor.adopt_timeout_s - 1.5)
+    puppets[1].view, newcomer.progress = prepared, 1
+    driver.advance(CONFIG.monitor.adopt_timeout_s - 0.3)
+    assert driver.ranks == [0, 1] and driver.epoch < prepared.epoch, "somebody has followed, and it makes progress"
+    driver.advance(0.6)
+    removed = driver.last_event("removed")
+    assert (removed["process"], driver.ranks) == (newcomer.process, [0, 1]) and driver.epoch > prepared.epoch
+    assert "entered by others only" in removed["evidence"]
+
+
+def test_a_member_that_does_not_follow_costs_no_member_its_place() -> None:
+    driver = Driver()
+    _, newcomer, prepared = _half_entered(driver)
+    newcomer.view, newcomer.follows = prepared, True
+    driver.advance(CONFIG.monitor.adopt_timeout_s + 0.5)
+    assert driver.last_event("view")["reason"] == f"view {prepared.epoch} was entered by others only"
+    assert driver.ranks == [0, 1] and driver.last_event("removed")["rank"] == 2
+
+
 def test_a_joiner_may_be_slow_but_the_group_does_not_wait_for_the_dead() -> None:
     driver = Driver()
     puppets = driver.form()
     driver.exited(puppets[2])
+    driver.advance(0.3)
+    puppets[0].follows = puppets[1].follows = False  # they lack its first header
     newcomer = driver.enter("decode", "decode-2", "decode-2-b", follows=False)
     newcomer.is_beating = False
     driver.advance(2 * CONFIG.monitor.heartbeat_timeout_s)

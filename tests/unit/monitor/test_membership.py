@@ -4,7 +4,7 @@ import pytest
 
 from common.config import ClusterConfig, DecodeConfig
 from common.ids import NO_RANK, Epoch, Incarnation, ProcessId
-from common.messages import HeartbeatReply, Signal, SlotLeft, Welcome
+from common.messages import Heartbeat, HeartbeatReply, Signal, SlotLeft, VoidReport, Welcome
 from services.monitor.slots import SlotState
 from tests.unit.monitor.driver import CONFIG, Driver
 
@@ -229,6 +229,20 @@ def test_a_rank_that_leaves_by_itself_is_out_and_may_come_again() -> None:
     driver.advance(0.5)
     assert driver.ranks == [0, 1, 2] and puppets[1].incarnation > incarnation
     assert driver.view is not None and driver.view.members[1].heap.endswith(".1"), "its new heap"
+
+
+def test_words_for_another_process_are_not_heard() -> None:
+    """Over a connection that is not that process's own."""
+    driver = Driver()
+    puppet = driver.form()[1]
+    epoch, other = driver.epoch, ProcessId("somebody-else")
+    where = (puppet.process, puppet.rank, puppet.incarnation)
+    for word in (Heartbeat(puppet.process), SlotLeft(*where, epoch), VoidReport(*where, epoch, 1, (0,))):
+        driver.perform(driver.monitor.on_message(other, word, driver.now))
+    assert driver.ranks == [0, 1, 2] and driver.epoch == epoch and "roll_call" not in driver.kinds()
+    assert driver.last_event("unauthorised")["reason"] == "speaks for another process"
+    driver.say(puppet, SlotLeft(*where, epoch))
+    assert driver.ranks == [0, 2]
 
 
 def test_two_dead_at_once() -> None:
