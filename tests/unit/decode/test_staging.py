@@ -155,7 +155,7 @@ def test_without_a_live_copy_the_checkpoint_is_read() -> None:
 
 def test_a_map_that_there_is_no_memory_for_takes_no_row_in_use() -> None:
     rank = Rank(0, BEFORE, {}, None)
-    rank.staging.stage([[2, 3], [2, 3]], 2)
+    rank.stage([[2, 3], [2, 3]])
     with pytest.raises(AssertionError, match="no more than there is memory for"):
         rank.staging.copy(0.0)
     assert rank.slots.lacking(BEFORE) == [] and rank.holds(BEFORE)
