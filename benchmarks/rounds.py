@@ -27,7 +27,7 @@ from common.model.token_choice import choose
 from common.pace import Pace
 from common.placement import initial_placement, num_local_experts
 from common.replica_choice import ReplicaChoice
-from kernels.reference import ElasticGroup
+from kernels.compiled_group import CompiledGroup
 from kernels.symmetric_memory.shm import ShmProvider
 from services.decode.elastic_exchange import ElasticExchange
 from services.decode.expert_slots import ExpertSlots
@@ -67,7 +67,7 @@ def run_rank(
     placement = initial_placement(num_layers, num_experts, decode.max_ranks, num_ranks, num_local)
     slots.adopt([rows[rank] for rows in placement], 1)
     layout.format(heap.bytes_U8)
-    group = ElasticGroup(layout, heap, rank, deadline_s=_DEADLINE_S)
+    group = CompiledGroup(layout, heap, rank, deadline_s=_DEADLINE_S)
     map_peers(group, provider, Path(directory), num_ranks)
     group.adopt(1, members, digest=1)
     exchange.enter(group, ReplicaChoice(placement, members, num_experts, rank, policy))

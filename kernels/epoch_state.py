@@ -22,7 +22,7 @@ import torch
 from kernels.doorbell import Doorbell
 from kernels.elastic_mode import ElasticMode, LateRanksError
 from kernels.heap_layout import HeapLayout
-from kernels.heap_window import HeapWindow, require_ordered_stores
+from kernels.heap_window import HeapWindow, OwnWords, require_ordered_stores
 from kernels.peer_windows import LinkFault, PeerWindows
 from kernels.step_words import epoch_floor
 from kernels.symmetric_memory.base import PeerHeap, SymmetricHeap
@@ -87,7 +87,7 @@ class EpochState:
         self._poison_lock = threading.Lock()
         self._bell = Doorbell(rank, self._windows)
         self._rings = pause is None  # nobody sleeps where tests let time pass
-        self._wait = WordWait(rank, self._own.poison, self._bell, clock, pause)
+        self._wait: WordWait = WordWait(rank, self._own.poison, self._bell, clock, pause)
         self._floor = 0
         self._n = 0
         self._observed = [0] * max_ranks
@@ -121,7 +121,7 @@ class EpochState:
         Only grows. A word that was there at the first look costs nothing, so the slowest rank stands out at all
         others.
         """
-        return (torch.tensor(self._wait.wait_s, dtype=torch.float64) * 1e9).round().long()
+        return torch.tensor(self._wait.waited_ns(), dtype=torch.int64)
 
     def set_link_fault(self, fault: LinkFault) -> None:
         """From now on ``fault`` says which words between this rank and the others are lost."""
@@ -220,7 +220,7 @@ class EpochState:
         return self.step
 
     def _await_words(
-        self, words: memoryview, step: int, deadline_s: float | None, stop: Callable[[], bool] | None = None
+        self, words: OwnWords, step: int, deadline_s: float | None, stop: Callable[[], bool] | None = None
     ) -> bool:
         end = self._wait.until(words, self.members, step, self._floor, deadline_s, stop)
         if end is WaitEnd.COMPLETE:

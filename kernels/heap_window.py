@@ -9,7 +9,7 @@ Legend: W max_ranks, M max_tokens, K top_k, H hidden_size.
 """
 
 import platform
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,18 @@ def require_ordered_stores() -> None:
         )
 
 
+class OwnWords(NamedTuple):
+    """A row of words that its owner waits for, one of each slot: ``step_bytes`` apart from ``address`` on."""
+
+    row: memoryview
+    address: int
+    step_bytes: int
+
+    @classmethod
+    def of(cls, words_W: npt.NDArray[np.int64]) -> "OwnWords":
+        return cls(words_W.data, int(words_W.ctypes.data), words_W.strides[0])
+
+
 class HeapWindow:
     """Row j of everything here is written by slot j only."""
 
@@ -38,17 +50,21 @@ class HeapWindow:
         def array(name: str) -> npt.NDArray[Any]:
             return layout.view(bytes_U8, name).numpy()
 
+        self.address = int(bytes_U8.data_ptr())
         header = array("ep_header")
         dispatch_word = array("ep_dispatch_word")
         bell = array("ep_bell")
         self.bell, self.bell_address = bell.data, int(bell.ctypes.data)
         self.sleeper = array("ep_sleeper").data
         self.poison = array("ep_poison").data
-        self.barrier_word = [row.data for row in array("ep_barrier_word")]
-        self.combine_word = array("ep_combine_word").data
-        self.dispatch_word = dispatch_word[:, 0].data
+        self.barrier_wait = [OwnWords.of(row) for row in array("ep_barrier_word")]
+        self.combine_wait = OwnWords.of(array("ep_combine_word"))
+        self.dispatch_wait = OwnWords.of(dispatch_word[:, 0])
+        self.header_wait = [OwnWords.of(header[bank, :, 0]) for bank in range(NUM_HEADER_BANKS)]
+        self.barrier_word = [words.row for words in self.barrier_wait]
+        self.combine_word, self.dispatch_word = self.combine_wait.row, self.dispatch_wait.row
         self.dispatch_num_rows = dispatch_word[:, 1].data
-        self.header_word = [header[bank, :, 0].data for bank in range(NUM_HEADER_BANKS)]
+        self.header_word = [words.row for words in self.header_wait]
         self.header_data: npt.NDArray[np.uint64] = header[:, :, 1:].view(np.uint64)
         # Row: token, K codes (rank << 16 | local expert, or -1), K weights, padding, x; see EpShape.row_header_words.
         self.dispatch_rows: Int32Array = array("ep_dispatch_rows").view(np.int32)

@@ -29,7 +29,8 @@ class OwnTokens:
         self, x_TH: torch.Tensor, rank_TK: npt.NDArray[np.int64], local_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> Int32Array:
         """The rows, int32 [T, words]; valid until the next call."""
-        ep, rows = self._ep, self._outbox[: len(x_TH)]
+        self.note_filled(len(x_TH))
+        ep, rows = self._ep, self._rows
         rows[:, 1 : 1 + ep.top_k] = np.where(rank_TK >= 0, rank_TK << 16 | local_TK.numpy(), rank_TK)
         rows[:, 1 + ep.top_k : 1 + 2 * ep.top_k] = weight_TK.numpy().view(np.int32)
         if ep.is_fp8:
@@ -38,8 +39,19 @@ class OwnTokens:
             rows[:, ep.scale_word : ep.scale_word + ep.num_scales] = scale_TG.numpy().view(np.int32)
         else:
             rows[:, ep.row_header_words :][:, : ep.hidden_size] = x_TH.numpy().view(np.int32)
-        self._rows = rows
         return rows
+
+    @property
+    def outbox(self) -> Int32Array:
+        """All rows, filled or not: int32 [M, words]. For who fills their headers without `fill`, and then says so."""
+        return self._outbox
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._rows)
+
+    def note_filled(self, num_tokens: int) -> None:
+        self._rows = self._outbox[:num_tokens]
 
     def note_masked(self, masked_W: npt.NDArray[np.bool_]) -> None:
         """Ranks masked since these tokens went out send nothing back."""
@@ -60,7 +72,7 @@ class OwnTokens:
             out_TH: FloatArray = rows_TKH[:, 0] + np.float32(0)
             for k in range(1, ep.top_k):
                 out_TH += rows_TKH[:, k]
-        return self._renormalised(out_TH) if renormalise else out_TH
+        return self.renormalised(out_TH) if renormalise else out_TH
 
     def add_up_ranks(self, rows: FloatArray, renormalise: bool) -> FloatArray:
         """The first of a token's K rows of each rank is that rank's sum; these in order of ranks."""
@@ -69,13 +81,13 @@ class OwnTokens:
         for rank in range(ep.max_ranks):
             held_T = (rank_TK == rank).any(axis=1)
             out_TH[held_T] += rows[rank, : len(rank_TK) * ep.top_k : ep.top_k][held_T]
-        return self._renormalised(out_TH) if renormalise else out_TH
+        return self.renormalised(out_TH) if renormalise else out_TH
 
     @property
     def _rank_TK(self) -> Int32Array:
         return self._rows[:, 1 : 1 + self._ep.top_k] >> 16
 
-    def _renormalised(self, out_TH: FloatArray) -> FloatArray:
+    def renormalised(self, out_TH: FloatArray) -> FloatArray:
         ep = self._ep
         code_TK = self._rows[:, 1 : 1 + ep.top_k]
         weight_TK = self._rows[:, 1 + ep.top_k : 1 + 2 * ep.top_k].view(np.float32)

@@ -4,6 +4,7 @@ A link fault is for tests and fault injection: a *mute* rank writes into memory 
 look at what others wrote. Its own words, and the poison that its host writes, still count.
 """
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -32,9 +33,23 @@ class PeerWindows(dict[int, HeapWindow]):
         self.fault: LinkFault | None = None
 
     def __getitem__(self, rank: int) -> HeapWindow:
-        window = super().__getitem__(rank)
-        if self.fault is None or rank == self._rank or not self.fault.is_mute():
-            return window
+        if rank == self._rank or not self.is_mute:
+            return super().__getitem__(rank)
+        return self.nowhere()
+
+    def of(self, ranks: Iterable[int]) -> list[HeapWindow]:
+        """One after another, with one look at the fault."""
+        if self.is_mute:
+            return [self[rank] for rank in ranks]
+        return [super(PeerWindows, self).__getitem__(rank) for rank in ranks]
+
+    @property
+    def is_mute(self) -> bool:
+        return self.fault is not None and self.fault.is_mute()
+
+    def nowhere(self) -> HeapWindow:
+        """What a mute rank writes to in place of a peer's heap."""
+        assert self.fault is not None
         if self._nowhere is None:
             # Pages that are never written take no memory.
             self._nowhere = HeapWindow(self._layout, torch.zeros(self._layout.nbytes, dtype=torch.uint8))

@@ -105,7 +105,7 @@ class ElasticGroup(EpochState):
         bank = header_bank(self.epoch, self._num_headers)
         self._num_headers += 1
         deadline_s = self.deadline_s if self.elastic is ElasticMode.ALONE else None
-        if not self._await_words(self._own.header_word[bank], step, deadline_s, stop):
+        if not self._await_words(self._own.header_wait[bank], step, deadline_s, stop):
             return None
         rows = self._own.header_data[bank, list(self.members)]
         if (rows >> _HIGH_HALF != header_tag(step)).any():
@@ -168,27 +168,14 @@ class ElasticGroup(EpochState):
                 "dispatch out of order: an epoch begins with allgather, and each dispatch has its combine"
             )
         step = self._next_step()
-        outbox = self._tokens.fill(x_TH, rank, local_expert_TK, weight_TK)
-        if self._load_WL.size:
-            np.add.at(self._load_WL, (rank[rank >= 0], local_expert_TK.numpy()[rank >= 0]), 1)
-        wanted_GT = (rank == np.array(self.members)[:, None, None]).any(axis=2)
-        token_R, end = wanted_GT.nonzero()[1], 0
-        for member, num_rows in zip(self.members, np.count_nonzero(wanted_GT, axis=1).tolist(), strict=True):
-            window, begin, end = self._windows[member], end, end + num_rows
-            # mode="clip" writes straight into the heap; the default goes through a buffer.
-            rows = window.dispatch_rows[self.rank, :num_rows]
-            np.take(outbox, token_R[begin:end], axis=0, out=rows, mode="clip")
-            window.dispatch_num_rows[self.rank] = num_rows
-        for member in self.members:
-            self._windows[member].dispatch_word[self.rank] = step
+        self._send_tokens(x_TH, rank, local_expert_TK, weight_TK)
+        for window in self._windows.of(self.members):
+            window.dispatch_word[self.rank] = step
         self._ring()
         self._combine_due, self._sent_to = step, self.members
-        if not self._await_words(self._own.dispatch_word, step, self.deadline_s):
+        if not self._await_words(self._own.dispatch_wait, step, self.deadline_s):
             return None
-        num_rows_W = [0] * self.layout.ep.max_ranks
-        for member in self.members:
-            num_rows_W[member] = self._own.dispatch_num_rows[member]
-        return read_received(self._row_words_SC, self._x_SH, self.layout.ep, self.rank, step, tuple(num_rows_W))
+        return self._read_tokens(step)
 
     def combine(self, expert_rows_NH: torch.Tensor, received: Received, *, ordered: bool = True) -> torch.Tensor | None:
         """Return the experts' rows (one per entry of ``received``) to the tokens' owners, and add up those of the own
@@ -209,27 +196,15 @@ class ElasticGroup(EpochState):
             raise RuntimeError("combine out of order: it takes what the last dispatch received, once")
         step = self._next_step()
         self._combine_due = 0
-        source_N = received.source_N.numpy()
-        place_N = received.token_N.numpy() * ep.top_k + received.k_N.numpy()
-        if ordered:
-            rows = expert_rows_NH.numpy()
-        else:
-            first_R, rows = sum_of_each_row(expert_rows_NH, received, ep.top_k)
-            source_N, place_N = source_N[first_R], place_N[first_R] // ep.top_k * ep.top_k
-        bounds = source_N.searchsorted(self._slots).tolist()
-        for member in self.members:
-            begin, end = bounds[member], bounds[member + 1]
-            if begin != end:
-                self._windows[member].combine_rows[self.rank][place_N[begin:end]] = rows[begin:end]
-        for member in self.members:
-            self._windows[member].combine_word[self.rank] = step
+        self._return_rows(expert_rows_NH, received, ordered)
+        for window in self._windows.of(self.members):
+            window.combine_word[self.rank] = step
         self._ring()
-        if not self._await_words(self._own.combine_word, step, self.deadline_s):
+        if not self._await_words(self._own.combine_wait, step, self.deadline_s):
             return None
         if self.members != self._sent_to:
             self._tokens.note_masked(self._masked_W)
-        add_up = self._tokens.add_up if ordered else self._tokens.add_up_ranks
-        return torch.from_numpy(add_up(self._own.combine_rows, self.renormalise))
+        return self._add_up(ordered)
 
     def expert_load(self) -> torch.Tensor:
         """int64 [W, num_local_experts]: rows that this rank has sent to each physical expert since this object was
@@ -248,17 +223,15 @@ class ElasticGroup(EpochState):
         step = self._next_step()
         # Two barriers in a row: a neighbour may still be reading the words of the first.
         bank = step & 1
-        for member in self.members:
-            self._windows[member].barrier_word[bank][self.rank] = step
+        for window in self._windows.of(self.members):
+            window.barrier_word[bank][self.rank] = step
         self._ring()
-        return self._await_words(self._own.barrier_word[bank], step, deadline_s)
+        return self._await_words(self._own.barrier_wait[bank], step, deadline_s)
 
-    def _check_routing(
+    def _check_shapes(
         self, x_TH: torch.Tensor, rank_TK: torch.Tensor, local_expert_TK: torch.Tensor, weight_TK: torch.Tensor
-    ) -> npt.NDArray[np.int64]:
-        """Ranks as int64, with MASKED for those masked without a view."""
-        ep = self.layout.ep
-        num_tokens = len(x_TH)
+    ) -> None:
+        ep, num_tokens = self.layout.ep, len(x_TH)
         if num_tokens > ep.max_tokens or x_TH.shape != (num_tokens, ep.hidden_size) or x_TH.dtype != torch.float32:
             got = f"{x_TH.dtype} {list(x_TH.shape)}"
             raise ValueError(f"x must be float32 [0..{ep.max_tokens}, {ep.hidden_size}], got {got}")
@@ -267,8 +240,15 @@ class ElasticGroup(EpochState):
             raise ValueError(
                 f"ranks, experts, weights (float32) must be [{num_tokens}, {ep.top_k}], got {sorted(shapes)}"
             )
+
+    def _check_routing(
+        self, x_TH: torch.Tensor, rank_TK: torch.Tensor, local_expert_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> npt.NDArray[np.int64]:
+        """Ranks as int64, with MASKED for those masked without a view."""
+        self._check_shapes(x_TH, rank_TK, local_expert_TK, weight_TK)
+        ep = self.layout.ep
         rank = rank_TK.numpy().astype(np.int64)
-        if not num_tokens:
+        if not len(x_TH):
             return rank
         # One look at the distinct ranks is cheaper than five at all of them.
         distinct, local_TK = set(rank.ravel().tolist()), local_expert_TK.numpy()
@@ -296,9 +276,54 @@ class ElasticGroup(EpochState):
     def _write_header(self, step: int, ordinal: int, members: Sequence[int], data: list[int]) -> None:
         bank = header_bank(step >> EPOCH_SHIFT, ordinal)
         row = np.array(tagged(step, data), np.uint64)
-        for member in members:
-            window = self._windows[member]
+        for window in self._windows.of(members):
             window.header_data[bank, self.rank] = row
             window.header_word[bank][self.rank] = step
         if self._rings:
             self._bell.ring(members)
+
+    # The inner loops, all but the words. `compiled_group` has the same in C.
+
+    def _send_tokens(
+        self,
+        x_TH: torch.Tensor,
+        rank_TK: npt.NDArray[np.int64],
+        local_expert_TK: torch.Tensor,
+        weight_TK: torch.Tensor,
+    ) -> None:
+        outbox = self._tokens.fill(x_TH, rank_TK, local_expert_TK, weight_TK)
+        if self._load_WL.size:
+            np.add.at(self._load_WL, (rank_TK[rank_TK >= 0], local_expert_TK.numpy()[rank_TK >= 0]), 1)
+        wanted_GT = (rank_TK == np.array(self.members)[:, None, None]).any(axis=2)
+        token_R, end = wanted_GT.nonzero()[1], 0
+        counts = np.count_nonzero(wanted_GT, axis=1).tolist()
+        for window, num_rows in zip(self._windows.of(self.members), counts, strict=True):
+            begin, end = end, end + num_rows
+            # mode="clip" writes straight into the heap; the default goes through a buffer.
+            rows = window.dispatch_rows[self.rank, :num_rows]
+            np.take(outbox, token_R[begin:end], axis=0, out=rows, mode="clip")
+            window.dispatch_num_rows[self.rank] = num_rows
+
+    def _read_tokens(self, step: int) -> Received:
+        num_rows_W = [0] * self.layout.ep.max_ranks
+        for member in self.members:
+            num_rows_W[member] = self._own.dispatch_num_rows[member]
+        return read_received(self._row_words_SC, self._x_SH, self.layout.ep, self.rank, step, tuple(num_rows_W))
+
+    def _return_rows(self, expert_rows_NH: torch.Tensor, received: Received, ordered: bool) -> None:
+        top_k, source_N = self.layout.ep.top_k, received.source_N.numpy()
+        place_N = received.token_N.numpy() * top_k + received.k_N.numpy()
+        if ordered:
+            rows = expert_rows_NH.numpy()
+        else:
+            first_R, rows = sum_of_each_row(expert_rows_NH, received, top_k)
+            source_N, place_N = source_N[first_R], place_N[first_R] // top_k * top_k
+        bounds = source_N.searchsorted(self._slots).tolist()
+        for member, window in zip(self.members, self._windows.of(self.members), strict=True):
+            begin, end = bounds[member], bounds[member + 1]
+            if begin != end:
+                window.combine_rows[self.rank][place_N[begin:end]] = rows[begin:end]
+
+    def _add_up(self, ordered: bool) -> torch.Tensor:
+        add_up = self._tokens.add_up if ordered else self._tokens.add_up_ranks
+        return torch.from_numpy(add_up(self._own.combine_rows, self.renormalise))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 
 from kernels.doorbell import Doorbell
+from kernels.heap_window import OwnWords
 from kernels.peer_windows import LinkFault
 
 Clock = Callable[[], float]
@@ -21,7 +22,7 @@ Pause = Callable[[int], None]
 
 # When several are late, some may be waiting for the others, an operation behind this rank; they lack fewer words, so
 # their deadline comes first, and what they then say gets this much longer to arrive before a healthy rank is accused.
-_LONGER_FOR_EACH = 0.1
+LONGER_FOR_EACH = 0.1
 _SHORT_SLEEP_S = 0.001
 _LONG_SLEEP_S = 0.004
 _NUM_SHORT_SLEEPS = 10
@@ -42,13 +43,12 @@ class WordWait:
     """The waits of one rank. ``poison`` is the poison row of its own heap, indexed by the writer's slot. ``pause``, for
     tests, is called with the number of polls so far in place of a sleep.
 
-    ``missing`` names the sources without a word now, or when the last wait ended; ``wait_s`` adds up, per slot, how
-    long this rank waited.
+    ``missing`` names the sources without a word now, or when the last wait ended.
     """
 
     def __init__(self, rank: int, poison: memoryview, bell: Doorbell, clock: Clock, pause: Pause | None) -> None:
         self.missing: tuple[int, ...] = ()
-        self.wait_s = [0.0] * len(poison)
+        self._wait_s = [0.0] * len(poison)
         self._rank = rank
         self._poison = poison
         self._bell = bell
@@ -56,17 +56,21 @@ class WordWait:
         self._pause = pause
         self.fault: LinkFault | None = None
 
+    def waited_ns(self) -> list[int]:
+        """Per slot, how long this rank has waited for it so far. From any thread."""
+        return [round(1e9 * seconds) for seconds in self._wait_s]
+
     def until(
         self,
-        words: memoryview,
+        words: OwnWords,
         members: Sequence[int],
         step: int,
         floor: int,
         deadline_s: float | None,
         stop: Callable[[], bool] | None = None,
     ) -> WaitEnd:
-        """Wait until ``words[j] == step`` for every j in members; ``floor``: lowest word of the epoch. Seconds."""
-        clock, poison = self._clock, self._poison
+        """Wait until ``words.row[j] == step`` for every j in members; ``floor``: lowest word of the epoch. Seconds."""
+        clock, poison, row = self._clock, self._poison, words.row
         start = clock()
         pending = list(members)
         num_polls = 0
@@ -79,7 +83,7 @@ class WordWait:
             still = []
             future = False
             for source in pending:
-                word = words[source]
+                word = row[source]
                 if fault is not None and source != self._rank:
                     if word >= step and source not in unseen:
                         unseen.add(source)
@@ -89,7 +93,7 @@ class WordWait:
                     still.append(source)
                     future |= word > step
                 elif num_polls:
-                    self.wait_s[source] += now - start
+                    self._wait_s[source] += now - start
             pending = still
             self.missing = tuple(pending)
             if not pending:
@@ -103,11 +107,11 @@ class WordWait:
                 end = WaitEnd.PEER_POISON
             elif stop is not None and stop():
                 end = WaitEnd.STOPPED
-            elif deadline_s is not None and now - start >= deadline_s * (1 + _LONGER_FOR_EACH * (len(pending) - 1)):
+            elif deadline_s is not None and now - start >= deadline_s * (1 + LONGER_FOR_EACH * (len(pending) - 1)):
                 end = WaitEnd.DEADLINE
             if end is not None:
                 for source in pending:
-                    self.wait_s[source] += now - start
+                    self._wait_s[source] += now - start
                 return end
             if self._pause is not None:
                 self._pause(num_polls)

@@ -31,9 +31,13 @@ class KernelsNotBuilt(ValueError):
     """One line that names the command to run."""
 
 
-def kernel_function(name: str, *argument_types: _Type) -> KernelFunction:
-    """The C function of this name, without result. Raises KernelsNotBuilt."""
-    function = getattr(_library(), name)
+def kernel_function(name: str, *argument_types: _Type, is_brief: bool = False) -> KernelFunction:
+    """The C function of this name, without result. Raises KernelsNotBuilt.
+
+    Other threads of Python run meanwhile, unless it ``is_brief``: what takes a microsecond must not wait for them to
+    finish.
+    """
+    function = getattr(_brief_library() if is_brief else _library(), name)
     function.argtypes, function.restype = argument_types, None
     bound: KernelFunction = function
     return bound
@@ -55,6 +59,11 @@ def _library() -> ctypes.CDLL:
         if base.regrow_has_level(level.encode()):
             return open_level(level)
     return base
+
+
+@cache
+def _brief_library() -> ctypes.PyDLL:
+    return ctypes.PyDLL(_library()._name)
 
 
 def open_level(level: str) -> ctypes.CDLL:

@@ -26,6 +26,7 @@ from common.pace import Pace
 from common.placement import PhysicalToLogical, num_local_experts
 from common.replica_choice import ReplicaChoice
 from common.view import digest, orphans, ranks
+from kernels.compiled_group import CompiledGroup
 from kernels.epoch_state import CLEAN
 from kernels.heap_layout import ALIGNMENT_BYTES
 from kernels.peer_windows import LinkFault
@@ -121,7 +122,7 @@ class RankEngine:
     def open_slot(self, rank: Rank) -> None:
         assert self._heap is not None, "no life begun"
         self.close_slot()
-        self.group = ElasticGroup(self._layout, self._heap, rank, deadline_s=self._decode.operation_deadline_s)
+        self.group = CompiledGroup(self._layout, self._heap, rank, deadline_s=self._decode.operation_deadline_s)
         self.group.set_link_fault(self._link_fault)
         assert self._slots is not None
         pace = CopyPace(self._planner.bandwidth_bytes_per_s) if self._planner.use_async else None

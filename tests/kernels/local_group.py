@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 
+from kernels.compiled_group import CompiledGroup
 from kernels.elastic_mode import ElasticMode
 from kernels.heap_layout import EpShape, HeapLayout
 from kernels.reference import ElasticGroup
@@ -97,8 +98,10 @@ def local_group(
     deadline_s: float = GENEROUS_S,
     elastic: ElasticMode = ElasticMode.VIEWS,
     manual: Sequence[int] = (),
+    compiled: Sequence[int] = (1, 3),
 ) -> Iterator[LocalGroup]:
-    """Ranks 0..num_ranks-1; those in ``manual`` have a clock that passes only in their own pauses."""
+    """Ranks 0..num_ranks-1; those in ``manual`` have a clock that passes only in their own pauses. Of the others
+    those in ``compiled`` have their inner loops in C; all share one group."""
     layout = HeapLayout.build(shape)
     provider = ShmProvider(directory)
     heaps = [provider.allocate(f"heap{rank}", layout.nbytes) for rank in range(num_ranks)]
@@ -112,7 +115,8 @@ def local_group(
                 layout, heap, rank, deadline_s=deadline_s, elastic=elastic, clock=clock, pause=clock.pause
             )
         else:
-            group = ElasticGroup(layout, heap, rank, deadline_s=deadline_s, elastic=elastic)
+            kind = CompiledGroup if rank in compiled and not shape.is_fp8 else ElasticGroup
+            group = kind(layout, heap, rank, deadline_s=deadline_s, elastic=elastic)
         ranks.append(group)
     for group in ranks:
         for peer, heap in enumerate(heaps):

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from kernels.compiled_group import CompiledGroup
 from kernels.elastic_mode import ElasticMode
 from kernels.epoch_state import VOID
 from kernels.heap_layout import HeapLayout
@@ -56,7 +57,8 @@ class Scenario:
     num_layers: int = NUM_LAYERS
     num_rounds_after: int = NUM_ROUNDS_AFTER
     view_at_death: bool = False  # the monitor saw it die; otherwise the next view waits until all survivors are void
-    kinds: list[str] = field(default_factory=list)  # per rank "triton" or "reference", which is the default
+    # Per rank "triton", "compiled" or "reference"; the latter two in turn when none is named.
+    kinds: list[str] = field(default_factory=list)
     elastic: str = ElasticMode.VIEWS.value
     limit_s: float = GENEROUS_S  # for all of it
 
@@ -107,10 +109,15 @@ class DyingRow:
         self.row[slot] = word
 
 
+def kind_of(rank: int) -> str:
+    return "compiled" if rank % 2 else "reference"
+
+
 def make_group(scenario: Scenario, layout: HeapLayout, heap: ShmHeap, rank: int) -> ElasticGroup:
-    elastic = ElasticMode(scenario.elastic)
-    if not scenario.kinds or scenario.kinds[rank] == "reference":
-        return ElasticGroup(layout, heap, rank, deadline_s=scenario.deadline_s, elastic=elastic)
+    elastic, kind = ElasticMode(scenario.elastic), scenario.kinds[rank] if scenario.kinds else kind_of(rank)
+    if kind in ("reference", "compiled"):
+        make = CompiledGroup if kind == "compiled" else ElasticGroup
+        return make(layout, heap, rank, deadline_s=scenario.deadline_s, elastic=elastic)
     from tests.kernels.interpreted_group import InterpretedGroup  # only where TRITON_INTERPRET is set
 
     return InterpretedGroup(layout, heap, rank, deadline_s=scenario.deadline_s, elastic=elastic)

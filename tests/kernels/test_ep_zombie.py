@@ -45,7 +45,7 @@ def layer(group: ElasticGroup, seed: int, rank: int) -> torch.Tensor | None:
 def test_a_zombie_stopped_inside_a_combine_store_wakes_two_views_later(heap_dir: Path, is_shared: bool) -> None:
     """Its successor has just stored the row for the same token and k. A version that shares rows between sources loses
     that row; with rows of its own, the zombie harms nobody."""
-    with local_group(heap_dir, 3) as cluster:
+    with local_group(heap_dir, 3, compiled=()) as cluster:
         survivor, zombie, successor = cluster.ranks
         if is_shared:
             for group in cluster.ranks:

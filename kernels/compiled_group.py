@@ -1,0 +1,129 @@
+"""`ElasticGroup` with its inner loops and its waits in C: the CPU path of services. The same bits, the same protocol.
+
+What `kernels.reference` says of buffers, order and errors holds here word for word; rows in float8 it does not send.
+Words are stored by the code that both share, after the calls that store the payload.
+
+Legend: W max_ranks, T tokens of this call, K top_k, H hidden_size, N entries received.
+"""
+
+import time
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kernels.compiled_wait import CompiledWait
+from kernels.cpu.exchange import ROUTING_FINE, CompiledExchange
+from kernels.elastic_mode import ElasticMode
+from kernels.heap_layout import HeapLayout
+from kernels.received import Received
+from kernels.reference import ElasticGroup
+from kernels.symmetric_memory.base import PeerHeap, SymmetricHeap
+
+
+class CompiledGroup(ElasticGroup):
+    """See `ElasticGroup`. Raises KernelsNotBuilt where nobody has compiled them."""
+
+    def __init__(
+        self,
+        layout: HeapLayout,
+        heap: SymmetricHeap,
+        rank: int,
+        *,
+        deadline_s: float,
+        elastic: ElasticMode = ElasticMode.VIEWS,
+        num_local_experts: int = 0,
+    ) -> None:
+        super().__init__(
+            layout, heap, rank, deadline_s=deadline_s, elastic=elastic, num_local_experts=num_local_experts
+        )
+        outbox = self._tokens.outbox
+        self._compiled = CompiledExchange(layout, rank, self._masked_W, self._routable_W, outbox, self._load_WL)
+        self._compiled.heap_W[rank] = self._own.address
+        self._muted_W = np.zeros_like(self._compiled.heap_W)
+        self._is_muted = False
+        self._wait = CompiledWait(rank, self._own.poison, self._bell, time.monotonic, self._compiled)
+
+    def map_peer(self, rank: int, peer_heap: PeerHeap) -> None:
+        super().map_peer(rank, peer_heap)
+        self._compiled.heap_W[rank] = self._windows[rank].address
+
+    def unmap_peer(self, rank: int) -> None:
+        super().unmap_peer(rank)
+        self._compiled.heap_W[rank] = 0
+
+    def _check_routing(
+        self, x_TH: torch.Tensor, rank_TK: torch.Tensor, local_expert_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> npt.NDArray[np.int64]:
+        """Fills the headers of the rows; what it returns is not used."""
+        self._check_shapes(x_TH, rank_TK, local_expert_TK, weight_TK)
+        self._tokens.note_filled(len(x_TH))
+        fault = self._compiled.route(_int64(rank_TK), _int64(local_expert_TK), weight_TK.contiguous())
+        if fault != ROUTING_FINE:
+            super()._check_routing(x_TH, rank_TK, local_expert_TK, weight_TK)  # says which
+            raise AssertionError("the compiled check refuses what the other accepts")
+        return _NO_RANKS
+
+    def _send_tokens(
+        self,
+        x_TH: torch.Tensor,
+        rank_TK: npt.NDArray[np.int64],
+        local_expert_TK: torch.Tensor,
+        weight_TK: torch.Tensor,
+    ) -> None:
+        self._refresh()
+        self._compiled.send(x_TH if x_TH.stride(1) == 1 else x_TH.contiguous())
+
+    def _read_tokens(self, step: int) -> Received:
+        compiled = self._compiled
+        compiled.set_members(self.members)
+        num = compiled.read()
+        assert self._x_SH is not None
+        return Received(
+            step,
+            tuple(compiled.num_rows_W.tolist()),
+            self._x_SH,
+            torch.from_numpy(compiled.row_N[:num]),
+            torch.from_numpy(compiled.source_N[:num]),
+            torch.from_numpy(compiled.token_N[:num]),
+            torch.from_numpy(compiled.k_N[:num]),
+            torch.from_numpy(compiled.local_N[:num]),
+            torch.from_numpy(compiled.weight_N[:num]),
+        )
+
+    def _return_rows(self, expert_rows_NH: torch.Tensor, received: Received, ordered: bool) -> None:
+        if not ordered:
+            super()._return_rows(expert_rows_NH, received, ordered)
+            return
+        self._refresh()
+        self._compiled.give_back(expert_rows_NH.contiguous())
+
+    def _add_up(self, ordered: bool) -> torch.Tensor:
+        if not ordered:
+            return super()._add_up(ordered)
+        out_TH = self._compiled.add_up(self._tokens.num_tokens)
+        return torch.from_numpy(self._tokens.renormalised(out_TH.numpy())) if self.renormalise else out_TH
+
+    def _ring(self) -> None:
+        self._refresh()
+        self._compiled.ring()
+
+    def _refresh(self) -> None:
+        """Members and heaps as they are now."""
+        compiled = self._compiled
+        compiled.set_members(self.members)
+        if self._windows.is_mute:
+            self._muted_W[:] = self._windows.nowhere().address
+            self._muted_W[self.rank] = self._own.address
+            compiled.use_heaps(self._muted_W)
+            self._is_muted = True
+        elif self._is_muted:
+            compiled.use_heaps(compiled.heap_W)
+            self._is_muted = False
+
+
+_NO_RANKS: npt.NDArray[np.int64] = np.empty(0, np.int64)
+
+
+def _int64(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.int64).contiguous()
