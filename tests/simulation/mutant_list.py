@@ -54,9 +54,9 @@ MUTANTS = (
         (
             (
                 _REFERENCE,
-                "        if not self._await_words(self._own.dispatch_word, step, self.deadline_s):\n"
+                "        if not self._await_words(self._own.dispatch_wait, step, self.deadline_s):\n"
                 "            return None\n",
-                "        self._await_words(self._own.dispatch_word, step, self.deadline_s)\n",
+                "        self._await_words(self._own.dispatch_wait, step, self.deadline_s)\n",
             ),
             (
                 _REFERENCE,
@@ -71,9 +71,9 @@ MUTANTS = (
         (
             (
                 _REFERENCE,
-                "        if not self._await_words(self._own.combine_word, step, self.deadline_s):\n"
+                "        if not self._await_words(self._own.combine_wait, step, self.deadline_s):\n"
                 "            return None\n",
-                "        self._await_words(self._own.combine_word, step, self.deadline_s)\n",
+                "        self._await_words(self._own.combine_wait, step, self.deadline_s)\n",
             ),
             (_ENGINE, "return outputs if self._open_group().status == CLEAN else None", "return outputs"),
         ),
@@ -324,7 +324,7 @@ MUTANTS = (
         (
             (
                 _REFERENCE,
-                "        if not self._await_words(self._own.header_word[bank], step, deadline_s, stop):\n"
+                "        if not self._await_words(self._own.header_wait[bank], step, deadline_s, stop):\n"
                 "            return None\n",
                 "",
             ),

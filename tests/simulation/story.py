@@ -216,7 +216,7 @@ def _in_place_of_torch_and_time(story: Story) -> Iterator[None]:
         (rank_engine, "Checkpoint", Checkpoint),
         (rank_engine, "Model", SymbolicModel),
         (rank_engine, "ShmProvider", lambda _: MemoryProvider(world.memory)),
-        (rank_engine, "ElasticGroup", partial(ElasticGroup, clock=lambda: world.now, pause=pause)),
+        (rank_engine, "CompiledGroup", partial(ElasticGroup, clock=lambda: world.now, pause=pause)),
         (elastic_exchange, "expert_rows", symbolic_model.expert_rows),
         (epoch_state, "HeapWindow", world.memory.window),
         (prefill_engine, "Checkpoint", Checkpoint),
