@@ -52,7 +52,7 @@ async def run_stream(session: aiohttp.ClientSession, url: str, stream: Stream) -
                 stream.error = f"HTTP {response.status}: {_message(await response.text())}"
                 return
             async for chunk in _chunks(response):
-                _take(stream, chunk)
+                take(stream, chunk, time.monotonic())
     except (aiohttp.ClientError, TimeoutError) as error:
         stream.error = f"{type(error).__name__}: {error}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -68,7 +68,8 @@ async def _chunks(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, A
             yield json.loads(data)
 
 
-def _take(stream: Stream, chunk: dict[str, Any]) -> None:
+def take(stream: Stream, chunk: dict[str, Any], now: float) -> None:
+    """Adds what came at ``now``. Raises KeyError, TypeError or AttributeError for what is no OpenAI chunk."""
     if "error" in chunk:
         stream.error = str(chunk["error"].get("message", chunk["error"]))
         return
@@ -78,7 +79,7 @@ def _take(stream: Stream, chunk: dict[str, Any]) -> None:
         logprobs = choice.get("logprobs") or {}
         values = logprobs.get("token_logprobs") or [entry["logprob"] for entry in logprobs.get("content") or ()]
         if text or values:
-            stream.times.append(time.monotonic())
+            stream.times.append(now)
         stream.text += text
         stream.missing_experts |= bool(choice.get("missing_experts"))
         stream.logprobs += values
