@@ -35,6 +35,7 @@ from common.messages import (
     Prefill,
     PrefillDone,
     PrefillQueued,
+    Refused,
     Release,
     Status,
     TokenBatch,
@@ -156,6 +157,12 @@ class FakeDecode:
                 if row.has_kv and not paused and not self._finish(row):
                     row.outputs.append(self._next(row))
                     self._send(row, len(row.outputs) - 1)
+
+    def preempt(self, request: RequestId) -> None:
+        """Gives it up for lack of KV blocks: the router has its tokens, and places it again."""
+        row = self.rows.pop(request)
+        refusal = Refused(request, row.announce.attempt, "no KV blocks left", preempted=True)
+        self.endpoint.send(row.router, refusal)
 
     def _next(self, row: _Row) -> int:
         at_end = len(row.outputs) == self.stop_after and not row.announce.sampling.ignore_eos

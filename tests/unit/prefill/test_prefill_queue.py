@@ -6,16 +6,28 @@ from hypothesis import strategies as st
 
 from common.config import PrefillConfig
 from common.ids import Incarnation, ProcessId, Rank, RequestId
-from common.messages import Abort, AskPrefill, Prefill, PrefillDone, PrefillQueued, Refused, Sampling, Unknown
+from common.messages import (
+    Abort,
+    AskPrefill,
+    Directory,
+    Prefill,
+    PrefillDone,
+    PrefillQueued,
+    Refused,
+    Sampling,
+    Unknown,
+    Worker,
+)
 from services.prefill.decode_links import UNUSED_S, DecodeLinks
 from services.prefill.prefill_queue import Attempt, Chunk, PrefillLimits, PrefillQueue
 
 CHUNK = 8
+ROUTER_LOST_S = 10.0
 
 
 def make(num_blocks: int = 20, cached_blocks: int = 0) -> PrefillQueue:
     config = PrefillConfig(1, CHUNK, num_blocks, prefix_cache_bytes=cached_blocks)
-    return PrefillQueue.of(config, 4, PrefillLimits(vocab_size=100, max_positions=50, kv_block_bytes=1))
+    return PrefillQueue.of(config, 4, PrefillLimits(vocab_size=100, max_positions=50, kv_block_bytes=1), ROUTER_LOST_S)
 
 
 def prefill(name: str, num_tokens: int, attempt: int = 1, num_outputs: int = 0) -> Prefill:
@@ -171,6 +183,28 @@ def test_a_higher_attempt_replaces_and_a_lower_one_is_ignored() -> None:
     queue.on_prefill(prefill("a", 6, attempt=3))
     assert queue.on_computed(batch) == []
     assert [chunk.attempt for chunk in queue.next_batch()] == [("a", 3)]
+    queue.check_invariants()
+
+
+def test_what_a_router_asked_for_ends_when_that_router_is_gone_for_good() -> None:
+    """Also what a running batch computes, which is neither handed over nor kept; others go on."""
+    queue = make(num_blocks=8)
+    other = ProcessId("router-1")
+    queue.on_prefill(prefill("running", 6))
+    queue.on_prefill(msgspec.structs.replace(prefill("other", 2), router=other))
+    queue.on_prefill(prefill("waiting", 30))
+    batch = queue.next_batch()
+    assert {chunk.prefill.request for chunk in batch} == {"running", "other"}
+    left = Worker(other, "router", "router-1", "127.0.0.1", 1, "")
+    queue.routers.on_directory(Directory(ProcessId("monitor"), 1024, 1, (left,)))
+    queue.on_tick(0.0)
+    queue.on_tick(ROUTER_LOST_S - 0.1)
+    assert (queue.num_running, queue.num_waiting) == (2, 1), "it may be missing for a moment"
+    queue.on_tick(ROUTER_LOST_S)
+    assert (queue.num_running, queue.num_waiting) == (1, 0)
+    assert [chunk.prefill.request for chunk in queue.on_computed(batch)] == ["other"]
+    assert queue.on_ask(AskPrefill(RequestId("running"), 1)) == Unknown(RequestId("running"), 1)
+    assert queue.next_batch() == [] and queue.blocks.num_used == 0
     queue.check_invariants()
 
 
