@@ -9,6 +9,7 @@ import asyncio
 import time
 from bisect import bisect_left
 from itertools import accumulate
+from typing import cast
 from urllib.parse import urlsplit
 
 import msgspec
@@ -28,8 +29,7 @@ class _Arrivals(asyncio.Protocol):
         self.ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        transport.write(self._request)
+        cast(asyncio.WriteTransport, transport).write(self._request)  # of uvloop it is none by its class
 
     def data_received(self, data: bytes) -> None:
         self.times.append(time.monotonic())

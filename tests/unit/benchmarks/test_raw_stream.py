@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import pytest
+import uvloop
 
 from benchmarks.raw_stream import run_raw_stream
 from services.cli.chat_client import Stream, new_session, run_stream
@@ -47,9 +48,10 @@ async def answers(answer: bytes, piece: int) -> tuple[Stream, Stream]:
 
 
 @pytest.mark.parametrize(("chunk", "piece"), [(10_000, 10_000), (7, 5), (100, 64), (len(BODY), 3)])
-async def test_both_clients_read_the_same(chunk: int, piece: int) -> None:
+def test_both_clients_read_the_same(chunk: int, piece: int) -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-    raw, other = await answers(head + chunked(chunk), piece)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # the load generator's loop
+        raw, other = runner.run(answers(head + chunked(chunk), piece))
     assert raw.is_same(other), (raw.error, other.error)
     assert (raw.id, len(raw.times), raw.text) == ("cmpl-1", len(EVENTS), "a\u00e9\n\nbc")
     assert raw.times == sorted(raw.times)
