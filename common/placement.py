@@ -122,7 +122,7 @@ def repair(physical_to_logical: PhysicalToLogical, members: Sequence[int], num_l
     orphans: list[tuple[int, int]] = []
     everything = set(range(num_logical_experts))
     for layer, rows in enumerate(physical_to_logical):
-        num_copies = Counter(chain.from_iterable(rows[rank] for rank in members))
+        num_copies = Counter(chain.from_iterable([rows[rank] for rank in members]))
         missing = sorted(everything.difference(num_copies))
         moves, left = _repair_layer(layer, rows, members, num_copies, missing) if missing else ([], [])
         moved += moves
@@ -139,32 +139,26 @@ def _repair_layer(
     missing: list[int],
 ) -> tuple[list[Move], list[int]]:
     # The only copy of an expert stays where it is, also when others have been placed: it is no candidate ever.
-    spare = [
-        (rank, local, expert)
-        for rank in members
-        for local, expert in enumerate(rows[rank])
-        if expert == EMPTY or num_copies[expert] > 1
-    ]
-    holders: dict[int, list[int]] = {}
-    for rank, _, expert in spare:
-        holders.setdefault(expert, []).append(rank)
+    left = {expert: count for expert, count in num_copies.items() if count > 1 or expert == EMPTY}
+    spare = [(rank, local, expert) for rank in members for local, expert in enumerate(rows[rank]) if expert in left]
+    is_plain = EMPTY not in left and len({(rank, expert) for rank, _, expert in spare}) == len(spare)
+    num_here = {} if is_plain else Counter((rank, expert) for rank, _, expert in spare)
     num_moved = dict.fromkeys(members, 0)
 
     def harm(rank: int, local: int) -> tuple[int, int, int, int]:
         expert = rows[rank][local]
+        first = -left[expert]
         if expert == EMPTY:
             first = -len(rows) - 2
-        elif holders[expert].count(rank) > 1:
+        elif not is_plain and num_here[rank, expert] > 1:
             first = -len(rows) - 1
-        else:
-            first = -len(holders[expert])
         return (first, num_moved[rank], rank, local)
 
-    uneasy = {EMPTY, *(expert for expert, ranks in holders.items() if len(set(ranks)) < len(ranks))}
-    candidates = [
-        harm(rank, local) if expert in uneasy else (-len(holders[expert]), 0, rank, local)
-        for rank, local, expert in spare
-    ]
+    if is_plain:
+        least = _least_copies(list(left.values()), len(missing))
+        candidates = [(-left[expert], 0, rank, local) for rank, local, expert in spare if left[expert] >= least]
+    else:
+        candidates = [harm(rank, local) for rank, local, _ in spare]
     heapq.heapify(candidates)
     moves: list[Move] = []
     for number, orphan in enumerate(missing):
@@ -172,11 +166,23 @@ def _repair_layer(
         if slot is None:
             return moves, missing[number:]
         rank, local = slot
-        if rows[rank][local] != EMPTY:
-            holders[rows[rank][local]].remove(rank)
+        left[rows[rank][local]] -= 1
+        if not is_plain:
+            num_here[rank, rows[rank][local]] -= 1
         num_moved[rank] += 1
         moves.append(Move(layer, rank, local, orphan))
     return moves, []
+
+
+def _least_copies(num_copies: list[int], num_wanted: int) -> int:
+    """Experts with fewer copies are not asked for any of ``num_wanted`` slots: one with n copies gives up n - k before
+    one with k does."""
+    num_given = 0
+    for least in range(max(num_copies, default=2), 2, -1):
+        num_given += sum(map(least.__le__, num_copies))
+        if num_given >= num_wanted:
+            return least
+    return 2
 
 
 def _least_harmful(
@@ -202,4 +208,7 @@ def _with_moves(rows: tuple[tuple[int, ...], ...], moves: list[Move]) -> tuple[t
     changed = {move.rank: list(rows[move.rank]) for move in moves}
     for move in moves:
         changed[move.rank][move.local] = move.logical_expert
-    return tuple(tuple(changed[rank]) if rank in changed else row for rank, row in enumerate(rows))
+    after = list(rows)
+    for rank, row in changed.items():
+        after[rank] = tuple(row)
+    return tuple(after)
