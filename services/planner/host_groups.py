@@ -12,8 +12,8 @@ import numpy as np
 
 from common.placement import EMPTY
 from services.planner.cluster_shape import ClusterShape, FloatArray, IntArray
-from services.planner.packing import pack
 from services.planner.relabel import relabel
+from services.planner.search import pack
 
 
 def goes_by_groups(shape: ClusterShape, num_logical_experts: int) -> bool:

@@ -14,27 +14,20 @@ Shapes: L layers, R ranks, S slots of the largest rank, P = R * S slots, E logic
 stands for EMPTY), H hosts, Q slots and K experts considered for a replace, M light ranks considered for a swap.
 """
 
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from common.placement import EMPTY
 from services.planner.cluster_shape import BoolArray, ClusterShape, FloatArray, IntArray
 from services.planner.placement_array import held_by, num_copies
+from services.planner.search_path import SearchPath
 
-_NUM_SLOTS, _NUM_EXPERTS, _NUM_LIGHT = 16, 32, 3
+NUM_SLOTS, NUM_EXPERTS, NUM_LIGHT = 16, 32, 3
+NO_SLOT = -1
 _LEAST_GAIN = 1e-9
 _WORTH_NARROWING = 0.85
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """State after a number of moves: slots loaded so far, largest rank load, coverage deficit (all [L]), placement."""
-
-    cost_L: IntArray
-    largest_L: FloatArray
-    deficit_L: FloatArray
-    held_LP: IntArray
 
 
 def power8(value: FloatArray) -> FloatArray:
@@ -69,26 +62,30 @@ class LocalSearch:
         self._column_L = (self._layers * (num_experts + 1))[:, None]
         self._cost_L = np.zeros(num_layers, dtype=np.int64)
 
-    def run(self, max_steps: int, most_L: IntArray) -> list[Step]:
+    def run(self, max_steps: int, most_L: IntArray) -> SearchPath:
         """Steps from the given placement on; no layer loads more than ``most_L`` slots."""
         self._weigh()
-        steps = [Step(self._cost_L.copy(), self._rank_load.max(axis=1), self._deficit_L(), self._held.copy())]
-        layers_L = self._layers
-        while len(steps) <= max_steps:
-            good_L = self._improve(most_L)
+        start_LP, layers_L, changed = self._held.copy(), self._layers, []
+        cost: list[npt.NDArray[Any]] = [self._cost_L.copy()]
+        largest: list[npt.NDArray[Any]] = [self._rank_load.max(axis=1)]
+        deficit: list[npt.NDArray[Any]] = [self._deficit_L()]
+        while len(cost) <= max_steps:
+            good_L, moves_L4 = self._improve(most_L)
             # A layer without a good move has none ever after.
             if good_L.sum() < _WORTH_NARROWING * len(good_L):
                 self._narrow(good_L)
-                layers_L, most_L = layers_L[good_L], most_L[good_L]
+                layers_L, most_L, moves_L4 = layers_L[good_L], most_L[good_L], moves_L4[good_L]
             if not len(layers_L):
                 break
             self._weigh()
-            last = steps[-1]
-            step = Step(last.cost_L.copy(), last.largest_L.copy(), last.deficit_L.copy(), last.held_LP.copy())
-            step.cost_L[layers_L], step.largest_L[layers_L] = self._cost_L, self._rank_load.max(axis=1)
-            step.deficit_L[layers_L], step.held_LP[layers_L] = self._deficit_L(), self._held
-            steps.append(step)
-        return steps
+            for states in (cost, largest, deficit):
+                states.append(states[-1].copy())
+            cost[-1][layers_L], deficit[-1][layers_L] = self._cost_L, self._deficit_L()
+            largest[-1][layers_L] = self._rank_load.max(axis=1)
+            changed.append(np.full((len(start_LP), 4), NO_SLOT))
+            changed[-1][layers_L] = moves_L4
+        changed_LN4 = np.stack(changed, axis=1) if changed else np.zeros((len(start_LP), 0, 4), dtype=np.int64)
+        return SearchPath(start_LP, changed_LN4, np.stack(cost), np.stack(largest), np.stack(deficit))
 
     def _narrow(self, kept_L: BoolArray) -> None:
         self._load, self._held, self._counts = self._load[kept_L], self._held[kept_L], self._counts[kept_L]
@@ -121,7 +118,9 @@ class LocalSearch:
         rise = load / np.maximum(counts - 1.0, 1.0) - share
         self._slot_share = share.take(flat)
         by_rank = self._slot_share.reshape(-1, self._num_ranks, self._width)
-        self._rank_load = by_rank.sum(axis=2)
+        self._rank_load = by_rank[:, :, 0].copy()
+        for local in range(1, self._width):  # one after the other: the order of a sum is part of its value
+            self._rank_load += by_rank[:, :, local]
         self._rank_cost = power8(self._rank_load)
         load_P = np.repeat(self._rank_load, self._width, axis=1)
         cost_P = np.repeat(self._rank_cost, self._width, axis=1)
@@ -137,8 +136,8 @@ class LocalSearch:
         if self._has_hosts:
             self._num_hosts = (self._on_host > 0).sum(axis=1)
 
-    def _improve(self, most_L: IntArray) -> BoolArray:
-        """Makes one move in each layer that has a good one, and says in which."""
+    def _improve(self, most_L: IntArray) -> tuple[BoolArray, IntArray]:
+        """Makes one move in each layer that has a good one; says in which, and which slots hold what now."""
         slot_L, expert_L, replace_L = self._best_replace()
         from_L, to_L, swap_L = self._best_swap()
         swap_cost_L = 2 - (self._held[self._layers, to_L] == self._num_experts)
@@ -148,12 +147,15 @@ class LocalSearch:
         cost_L = np.where(use_swap_L, swap_cost_L, 1)
         good_L = (gain_L < -_LEAST_GAIN) & (self._cost_L + cost_L <= most_L)
         replacing, swapping = self._layers[good_L & ~use_swap_L], self._layers[good_L & use_swap_L]
+        moves_L4 = np.full((len(good_L), 4), NO_SLOT)
+        moves_L4[replacing, 0], moves_L4[replacing, 1] = slot_L[replacing], expert_L[replacing]
         self._put(replacing, slot_L[replacing], expert_L[replacing])
         first, second = self._held[swapping, from_L[swapping]], self._held[swapping, to_L[swapping]]
+        moves_L4[swapping] = np.stack([from_L[swapping], second, to_L[swapping], first], axis=1)
         self._put(swapping, from_L[swapping], second)
         self._put(swapping, to_L[swapping], first)
         self._cost_L += np.where(good_L, cost_L, 0)
-        return np.asarray(good_L)
+        return np.asarray(good_L), moves_L4
 
     def _put(self, layer_N: IntArray, slot_N: IntArray, new_N: IntArray) -> None:
         old_N, rank_N, empty = self._held[layer_N, slot_N], self._rank_P[slot_N], self._num_experts
@@ -172,13 +174,13 @@ class LocalSearch:
     def _best_replace(self) -> tuple[IntArray, IntArray, FloatArray]:
         """Slot, expert and change (inf if there is none), [L] each."""
         layers, counts, num_slots = self._layers[:, None], self._counts, self._held.shape[1]
-        Q, K = min(_NUM_SLOTS, num_slots), min(_NUM_EXPERTS, self._num_experts)
+        Q, K = min(NUM_SLOTS, num_slots), min(NUM_EXPERTS, self._num_experts)
         lost_P = self._price * self._lost_coverage_P()
         least_P = np.where(self._can_go_P, self._rest_P + power8(self._left_P) + lost_P, np.inf)
-        slot_LQ = np.argpartition(least_P, Q - 1, axis=1)[:, :Q]
+        slot_LQ = _smallest(least_P, Q)
         hope = self._relief - self._price * (counts == 1)
         hope[counts == 0] = np.inf
-        expert_LK = np.argpartition(hope[:, : self._num_experts], K - 1, axis=1)[:, :K]
+        expert_LK = _smallest(hope[:, : self._num_experts], K)
         rank_LQ = self._rank_P[slot_LQ]
         slot_flat, expert_flat = layers * num_slots + slot_LQ, self._column_L + expert_LK
         left_LQ, added_LK = self._left_P.take(slot_flat), self._share_if_more.take(expert_flat)
@@ -239,12 +241,12 @@ class LocalSearch:
 
     def _light_ranks(self, heavy_L: IntArray) -> IntArray:
         """[L, M]: the lightest, and the lightest on the host of the heaviest: there a swap costs no coverage."""
-        M = min(_NUM_LIGHT - self._has_hosts, self._num_ranks)
-        light_LM = np.argpartition(self._rank_load, M - 1, axis=1)[:, :M]
+        M = min(NUM_LIGHT - self._has_hosts, self._num_ranks)
+        light_LM = _smallest(self._rank_load, M)
         if not self._has_hosts:
             return light_LM
         elsewhere = self._host_R[None, :] != self._host_R[heavy_L][:, None]
-        here_LM = np.argpartition(self._rank_load + self._num_ranks * elsewhere, M - 1, axis=1)[:, :M]
+        here_LM = _smallest(self._rank_load + self._num_ranks * elsewhere, M)
         return np.concatenate([light_LM, here_LM], axis=1)
 
     def _host_change(
@@ -270,28 +272,9 @@ class LocalSearch:
         return np.asarray((num_hosts - is_last + is_first < 2).astype(np.int64) - (num_hosts < 2))
 
 
-def choose_steps(steps: list[Step], weight_L: FloatArray, coverage_price: float, total: int) -> IntArray:
-    """held_LP: for each layer the state that makes the weighted sum of largest loads least, within ``total`` slots.
-
-    A price per slot loaded is sought by bisection: under it each layer stops where a further slot is not worth it.
-    """
-    cost_NL = np.stack([step.cost_L for step in steps])
-    score_NL = weight_L * np.stack([step.largest_L + coverage_price * step.deficit_L for step in steps])
-    layers_L = np.arange(len(weight_L))
-    low, high = 0.0, float(np.ptp(score_NL, axis=0).max()) + 1.0
-    chosen_L = score_NL.argmin(axis=0)
-    if cost_NL[chosen_L, layers_L].sum() > total:
-        for _ in range(40):
-            price = (low + high) / 2
-            candidate_L = (score_NL + price * cost_NL).argmin(axis=0)
-            if cost_NL[candidate_L, layers_L].sum() > total:
-                low = price
-            else:
-                high, chosen_L = price, candidate_L
-    if cost_NL[chosen_L, layers_L].sum() > total:
-        chosen_L = np.zeros_like(chosen_L)
-    held_LP: IntArray = np.stack([step.held_LP for step in steps])[chosen_L, layers_L]
-    return held_LP
+def _smallest(values: FloatArray, count: int) -> IntArray:
+    """Where the smallest of each row are, smallest first, and of equal ones the first."""
+    return np.argsort(values, axis=1, kind="stable")[:, :count]
 
 
 def to_placement(held_LP: IntArray, num_ranks: int, num_logical_experts: int) -> IntArray:

@@ -15,18 +15,11 @@ _SAME_HOST = 1e6
 _SAME_RANK = 1e9
 
 
-def pack(load_LE: FloatArray, counts_LE: IntArray, shape: ClusterShape) -> IntArray:
-    """placement_LRS for ``counts_LE`` copies; every layer has the same sum of counts, at most the number of slots.
-
-    >>> pack(np.array([[4.0, 3.0, 1.0]]), np.array([[2, 1, 1]]), ClusterShape((2, 2)))
-    array([[[1, 2],
-            [0, 0]]])
-    """
-    num_layers = len(load_LE)
-    layers_L, host_R = np.arange(num_layers), np.array(shape.host_R or (0,) * len(shape.num_local_R))
-    expert_LN, share_LN = _largest_first(load_LE, counts_LE)
+def place(expert_LN: IntArray, share_LN: FloatArray, shape: ClusterShape, placement_LRS: IntArray) -> None:
+    """Fills ``placement_LRS``, EMPTY everywhere, with copies in the order of `largest_first`."""
+    num_layers, num_ranks, _ = placement_LRS.shape
+    layers_L, host_R = np.arange(num_layers), np.array(shape.host_R or (0,) * num_ranks)
     num_local_R = np.array(shape.num_local_R)
-    placement_LRS = np.full((num_layers, len(host_R), max(shape.num_local_R)), EMPTY, dtype=np.int64)
     num_placed_LR = np.zeros((num_layers, len(host_R)), dtype=np.int64)
     load_LR = np.zeros((num_layers, len(host_R)))
     load_LR[:, num_local_R == 0] = np.inf
@@ -53,11 +46,10 @@ def pack(load_LE: FloatArray, counts_LE: IntArray, shape: ClusterShape) -> IntAr
         if has_hosts:
             same_host_LR = host_R[None, :] == host_R[rank_L][:, None]
             host_taken_LR = np.where(same_host_LR & is_first_L[:, None], _SAME_HOST, 0.0)
-    return placement_LRS
 
 
-def _largest_first(load_LE: FloatArray, counts_LE: IntArray) -> tuple[IntArray, FloatArray]:
-    """Expert and share of each copy, [L, N] both; copies of one expert follow each other."""
+def largest_first(load_LE: FloatArray, counts_LE: IntArray) -> tuple[IntArray, FloatArray]:
+    """Expert and share of each of ``counts_LE`` copies, [L, N] both; copies of one expert follow each other."""
     num_layers, num_experts = load_LE.shape
     experts = np.repeat(np.tile(np.arange(num_experts), num_layers), counts_LE.ravel()).reshape(num_layers, -1)
     share_LN = np.take_along_axis(load_LE / np.maximum(counts_LE, 1), experts, axis=1)

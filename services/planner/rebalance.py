@@ -23,11 +23,11 @@ from services.planner.cluster_shape import (
     checked_loads,
 )
 from services.planner.host_groups import goes_by_groups, split_by_host
-from services.planner.local_search import LocalSearch, choose_steps, to_placement
-from services.planner.packing import pack
+from services.planner.local_search import to_placement
 from services.planner.placement_array import moves_between, num_copies, rank_loads, to_array, to_tuples
 from services.planner.relabel import keep_slots, relabel
 from services.planner.replica_counts import replica_counts
+from services.planner.search import find_path, pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +138,12 @@ def _plan(load_LE: FloatArray, shape: ClusterShape, before: IntArray, budget: Bu
     is_new_L: BoolArray = np.asarray((before == EMPTY).all(axis=(1, 2)))
     even_LE = np.where(has_load_L[:, None], load_LE, 1.0)
     scaled_LE = even_LE * (len(shape.num_local_R) / even_LE.sum(axis=1, keepdims=True))
+    if is_new_L.all():
+        return _from_scratch(scaled_LE, shape, settings)
     repaired = _repaired(before, shape, num_experts)
     after = _bettered(scaled_LE, load_LE.sum(axis=1), shape, repaired, budget, settings)
     if budget.is_unlimited or is_new_L.any():
-        fresh = _from_scratch(scaled_LE, shape, settings)
-        if not is_new_L.all():
-            fresh = relabel(fresh, before, shape, scaled_LE)
+        fresh = relabel(_from_scratch(scaled_LE, shape, settings), before, shape, scaled_LE)
         take_L = _is_worth_it(scaled_LE, fresh, after) if budget.is_unlimited else is_new_L
         after = np.where(take_L[:, None, None], fresh, after)
     after = np.where((has_load_L | is_new_L)[:, None, None], after, repaired)
@@ -172,9 +172,9 @@ def _from_scratch(scaled_LE: FloatArray, given: ClusterShape, settings: Settings
         settings.share_limit,
         coverage_first=settings.coverage_first,
     )
-    search = LocalSearch(scaled_LE, pack(scaled_LE, counts_LE, shape), shape, settings.coverage_price)
-    steps = search.run(settings.refine_steps, np.full(len(scaled_LE), shape.num_slots))
-    best_LP = choose_steps(steps, np.ones(len(scaled_LE)), settings.coverage_price * _PER_LOAD, shape.num_slots**2)
+    packed, most_L = pack(scaled_LE, counts_LE, shape), np.full(len(scaled_LE), shape.num_slots)
+    path = find_path(scaled_LE, packed, shape, settings.coverage_price, settings.refine_steps, most_L)
+    best_LP = path.best(np.ones(len(scaled_LE)), settings.coverage_price * _PER_LOAD, shape.num_slots**2)
     placement_LRS = to_placement(best_LP, len(order), scaled_LE.shape[1])
     return placement_LRS[:, np.argsort(order)]
 
@@ -194,10 +194,10 @@ def _bettered(
     total = shape.num_slots * num_layers if budget.total is None else budget.total
     # Layers differ in what they need, so each may take up to three times its part of the whole.
     most = min(-(-3 * total // num_layers), shape.num_slots if budget.per_layer is None else budget.per_layer)
-    search = LocalSearch(scaled_LE, start, shape, settings.coverage_price)
     # A layer that needs twice its part is the exception; a step loads one slot or two.
-    steps = search.run(min(-(-5 * total // (4 * num_layers)), most), np.full(num_layers, most))
-    best_LP = choose_steps(steps, weight_L, settings.coverage_price * _PER_LOAD, total)
+    max_steps, most_L = min(-(-5 * total // (4 * num_layers)), most), np.full(num_layers, most)
+    path = find_path(scaled_LE, start, shape, settings.coverage_price, max_steps, most_L)
+    best_LP = path.best(weight_L, settings.coverage_price * _PER_LOAD, total)
     return to_placement(best_LP, len(shape.num_local_R), scaled_LE.shape[1])
 
 

@@ -9,6 +9,8 @@ Shapes: L mixture-of-experts layers, E logical experts.
 
 import numpy as np
 
+from kernels.cpu import placement_search
+from kernels.cpu.library import KernelsNotBuilt
 from services.planner.cluster_shape import FloatArray, IntArray
 
 
@@ -32,14 +34,24 @@ def replica_counts(
         return counts_LE
     if coverage_first and num_slots >= 2 * num_experts and max_copies >= 2:
         counts_LE += 1
-    layers_L = np.arange(num_layers)
-    counts = counts_LE.astype(np.float64)
+    num_more = min(num_slots, num_experts * max_copies) - int(counts_LE[0].sum())
+    try:
+        placement_search.replica_counts(load_LE, counts_LE, num_more, max_copies, share_limit, coverage_first)
+    except KernelsNotBuilt:
+        add_copies(load_LE, counts_LE, num_more, max_copies, share_limit, coverage_first)
+    return counts_LE
+
+
+def add_copies(
+    load_LE: FloatArray, counts_LE: IntArray, num_more: int, max_copies: int, share_limit: float, coverage_first: bool
+) -> None:
+    """``num_more`` copies for each layer, one by one."""
+    layers_L = np.arange(len(load_LE))
     urgent = 2.0 * max_copies  # more than any share
-    for _ in range(min(num_slots, num_experts * max_copies) - int(counts_LE[0].sum())):
-        share_LE = load_LE / counts
-        key_LE = share_LE + urgent * (counts == 1)
+    for _ in range(num_more):
+        share_LE = load_LE / counts_LE
+        key_LE = share_LE + urgent * (counts_LE == 1)
         if not coverage_first:
             key_LE = np.where(share_LE > share_limit, share_LE + 2 * urgent, key_LE)
-        key_LE[counts >= max_copies] = -1.0
-        counts[layers_L, key_LE.argmax(axis=1)] += 1.0
-    return counts.astype(np.int64)
+        key_LE[counts_LE >= max_copies] = -1.0
+        counts_LE[layers_L, key_LE.argmax(axis=1)] += 1
