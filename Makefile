@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # What is passed on: make up ARGS="--decode-ranks 2", make test ARGS="-k router".
 ARGS ?=
+# Processes of `make test`: one runs the tests of whole clusters, the others the rest. 0: all in one.
+WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -45,7 +47,7 @@ demo: $(STAMP)
 	@$(BIN)/regrow demo $(ARGS)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) -p tests.parallel_workers $(ARGS)
 
 test-namespaces: $(STAMP)
 	@$(BIN)/python -m pytest -m "root" tests/cluster/test_namespaces.py $(ARGS)
