@@ -1,9 +1,10 @@
 """Prefill: a long prompt with and without its beginning in the cache, the handoff of its KV, a short prompt behind it.
 
-    python -m benchmarks.prefill [--model DIR] [--tokens 4000] [--runs 3] [--output FILE.md]
+    python -m benchmarks.prefill [--model DIR] [--tokens 4000] [--runs 3] [--parts engine,http] [--output FILE.md]
 
-The shipped queue and engine in one process, one thread of torch; KV goes over a TCP socket of this host. The model is
-given 16,384 positions: what it would say at them does not matter here.
+``engine``: the shipped queue and engine in one process, one thread of torch; KV goes over a TCP socket of this host.
+``http``: a cluster, see `benchmarks.prefill_http`. The model is given 16,384 positions: what it would say at them does
+not matter here.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import zmq.asyncio
 from msgspec.structs import replace
 
 from benchmarks.load_generator import ROOT
+from benchmarks.prefill_http import measure_http
 from benchmarks.provenance import provenance
 from common.config import PrefillConfig
 from common.ids import Incarnation, ProcessId, Rank, RequestId
@@ -161,13 +163,18 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "abacus")
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--parts", default="engine,http", help="which of engine,http")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/depth_cpu.md"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     origin = provenance()
     with tempfile.TemporaryDirectory(prefix="regrow-prefill-") as directory:
-        engine = PrefillEngine(long_model(arguments.model, Path(directory)), CONFIG, BLOCK)
-        rows = measure(engine, arguments.tokens, arguments.runs)
+        (Path(directory) / "model").mkdir()
+        model, rows = long_model(arguments.model, Path(directory) / "model"), []
+        if "engine" in arguments.parts:
+            rows += measure(PrefillEngine(model, CONFIG, BLOCK), arguments.tokens, arguments.runs)
+        if "http" in arguments.parts:
+            rows += list(measure_http(model, Path(directory), arguments.tokens, arguments.runs).items())
     lines = ["# Prefill", "", *(f"- {key.replace('_', ' ')}: {value}" for key, value in origin.items())]
     lines += [f"- prompts of {arguments.tokens} tokens, chunks of {CONFIG.chunk_tokens}, {arguments.runs} runs", ""]
     lines += ["| what | median | lowest, highest |", "|---|---|---|"]
