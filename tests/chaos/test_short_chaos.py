@@ -26,15 +26,20 @@ def test_a_seed_gives_one_schedule_and_seeds_differ() -> None:
     assert {len(group) for group in first} == {1, 2}
 
 
+# In its first dozen seconds: planner stopped, a path cut, a prefill worker killed, a rank drained, two killed, one of
+# them in a round, and the monitor killed right behind it.
+SEED = 359
+
+
 @pytest.mark.timeout(300)
-def test_twenty_seconds_of_faults_change_no_stream(tmp_path: Path) -> None:
+def test_a_dozen_seconds_of_faults_change_no_stream(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path / "run", *CLUSTER_OPTIONS)
     try:
         cluster.wait_ready()
         tally = new_tally(cluster)
-        asyncio.run(run_chaos(cluster, 1, 20.0, tally))
-        story = "\n".join([report(1, tally), *tally.wrong, *tally.injector.witness.story()])
+        asyncio.run(run_chaos(cluster, SEED, 12.0, tally))
+        story = "\n".join([report(SEED, tally), *tally.wrong, *tally.injector.witness.story()])
         assert tally.wrong == [], f"{story}\n{cluster.logs()}"
-        assert tally.num_faults >= 3, f"hardly any fault happened\n{story}"
+        assert tally.num_faults >= 5, f"hardly any fault happened\n{story}"
     finally:
         cluster.stop()
