@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.own_directory import own_directory_prefix
+
 _MARK = "REGROW_TEST_SESSION"
 _SESSION = f"{os.getpid()}-{time.monotonic_ns()}"
 os.environ[_MARK] = _SESSION
@@ -112,11 +114,6 @@ def in_use_elsewhere(file: str) -> bool:
             except OSError:
                 continue
     return False
-
-
-def own_directory_prefix(pid: int) -> str:
-    """How a test process names its own directories of shared memory."""
-    return f"regrow-test-{pid}-"
 
 
 @pytest.fixture(autouse=True)

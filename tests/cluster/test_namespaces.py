@@ -23,7 +23,7 @@ from common.cluster_key import write_key
 from services.cli.chat_client import Stream
 from tests.cluster.harness import TINY_RANDOM, outcome, stream_all, until_tokens, varied_bodies
 from tests.cluster.namespaces import HTTP_PORT, MONITOR_PORT, Host, hosts, monitor_of, why_not
-from tests.leak_checks import own_directory_prefix
+from tests.own_directory import own_directory_prefix
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(240)]
 NUM_STREAMS, MAX_TOKENS = 6, 400

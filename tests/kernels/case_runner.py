@@ -16,6 +16,7 @@ import torch
 
 from kernels import device_launch
 from tests.kernels import device_cases, mode_cases
+from tests.own_directory import own_directory_prefix
 
 MODULES = ("triton_wait", "triton_control", "triton_dispatch", "triton_combine")
 
@@ -62,7 +63,7 @@ def run_case(name: str, mutation: list[str]) -> str:
     if pid == 0:
         answer = "ok"
         try:
-            with tempfile.TemporaryDirectory(prefix="regrow-case-", dir="/dev/shm") as root:
+            with tempfile.TemporaryDirectory(prefix=own_directory_prefix(os.getpid()), dir="/dev/shm") as root:
                 try:
                     if mutation:
                         mutate(Path(root), *mutation)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.leak_checks import own_directory_prefix
+from tests.own_directory import own_directory_prefix
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ Legend: W max_ranks, M max_tokens, K top_k, H hidden_size, I intermediate_size, 
 """
 
 import json
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from kernels.received import sum_of_each_row
 from kernels.reference_experts import expert_rows, mlp
 from kernels.symmetric_memory.shm import ShmProvider
 from tests.kernels.interpreted_group import received_entries
+from tests.own_directory import own_directory_prefix
 
 SHAPE = EpShape(max_ranks=4, max_tokens=40, top_k=3, hidden_size=64)
 MEMBERS = (0, 1, 2)
@@ -238,7 +240,7 @@ def main() -> None:
     for name, case in CASES.items():
         answer = "ok"
         try:
-            with tempfile.TemporaryDirectory(prefix="regrow-case-", dir="/dev/shm") as root:
+            with tempfile.TemporaryDirectory(prefix=own_directory_prefix(os.getpid()), dir="/dev/shm") as root:
                 case(Path(root))
         except BaseException:
             answer = traceback.format_exc()
