@@ -3,7 +3,7 @@ PYTHON ?= python3
 # What is passed on: make up ARGS="--decode-ranks 2", make test ARGS="-k router".
 ARGS ?=
 # Processes of `make test`: one runs the tests of whole clusters, the others the rest. 0: all in one.
-WORKERS ?= 2
+WORKERS ?= 0
 BIN := .venv/bin
 STAMP := .venv/.installed
 
