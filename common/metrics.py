@@ -6,7 +6,9 @@ what the other processes count reaches it in the cluster's status and is shown b
 
 from dataclasses import dataclass
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, generate_latest
+
+from common.time_histogram import TimeHistogram
 
 __all__ = ["CONTENT_TYPE_LATEST", "RouterMetrics", "render", "router_metrics"]
 
@@ -29,8 +31,8 @@ class RouterMetrics:
     dropped_messages: Counter  # malformed, or from an older incarnation
     requests_running: Gauge
     requests_waiting: Gauge
-    time_to_first_token: Histogram
-    token_gap: Histogram
+    time_to_first_token: TimeHistogram
+    token_gap: TimeHistogram
     epoch: Gauge
     ranks: Gauge  # {state}
 
@@ -45,8 +47,8 @@ def router_metrics() -> RouterMetrics:
     def gauge(name: str, text: str, *labels: str) -> Gauge:
         return Gauge(f"regrow_{name}", text, labels, registry=registry)
 
-    def histogram(name: str, text: str, buckets_s: tuple[float, ...]) -> Histogram:
-        return Histogram(f"regrow_{name}", text, buckets=buckets_s, registry=registry)
+    def histogram(name: str, text: str, bounds_s: tuple[float, ...]) -> TimeHistogram:
+        return TimeHistogram(f"regrow_{name}", text, bounds_s, registry)
 
     return RouterMetrics(
         registry=registry,

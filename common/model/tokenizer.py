@@ -6,6 +6,7 @@ them (raise_exception, tojson, loop controls) except the clock.
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +18,7 @@ import tokenizers
 _REPLACEMENT = "\ufffd"
 # A UTF-8 character cut short has at most three bytes, each of which may show as one U+FFFD.
 _MAX_UNFINISHED = 3
+_NUM_REMEMBERED = 1 << 15
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -33,6 +35,7 @@ class Tokenizer:
         self._backend = backend
         self._special_tokens = dict(special_tokens)
         self._template = None if chat_template is None else _compile(chat_template)
+        self._decode_few = lru_cache(_NUM_REMEMBERED)(self._decode)
 
     @classmethod
     def load(cls, directory: Path | str) -> "Tokenizer":
@@ -80,6 +83,13 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
+    def decode_few(self, ids: tuple[int, ...], skip_special_tokens: bool = True) -> str:
+        """`decode` of a handful of ids, as streams ask for them: what was asked lately is remembered."""
+        return self._decode_few(ids, skip_special_tokens)
+
+    def _decode(self, ids: tuple[int, ...], skip_special_tokens: bool) -> str:
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
     ) -> str:
@@ -120,7 +130,9 @@ class IncrementalDetokenizer:
         """The text that the new ids add, "" while a character is unfinished."""
         self._ids.extend(ids)
         text = self._text()
-        held = min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_UNFINISHED)
+        held = 0
+        if text.endswith(_REPLACEMENT):
+            held = min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_UNFINISHED)
         piece = text[self._num_out : len(text) - held]
         self._num_out += len(piece)
         if held == 0:
@@ -136,7 +148,7 @@ class IncrementalDetokenizer:
         return piece
 
     def _text(self) -> str:
-        return self._tokenizer.decode(self._ids[self._start :], self._skip_special_tokens)
+        return self._tokenizer.decode_few(tuple(self._ids[self._start :]), self._skip_special_tokens)
 
 
 def _compile(template: str) -> jinja2.Template:

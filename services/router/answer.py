@@ -1,11 +1,14 @@
 """One response in the making: texts of its choices in, OpenAI bodies out, whole or chunk by chunk. Pure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
+
+from msgspec.structs import replace
 
 from common.messages import TopLogprobs
 from services.router.choices import Choice
+from services.router.event_template import EventTemplate
 from services.router.openai_format import (
     Body,
     ResponseHead,
@@ -46,6 +49,7 @@ class _Progress:
     finish: str = ""
     stop_reason: int | str | None = None
     missed_experts: bool = False
+    template: EventTemplate | None = None
 
 
 class Answer:
@@ -56,6 +60,7 @@ class Answer:
     ) -> None:
         self._head, self._parsed, self._texts = head, parsed, token_texts
         self._choices = [_Progress(choice) for choice in choices]
+        self._has_usual_events = not parsed.continuous_usage and parsed.max_tokens != 0
 
     @property
     def id(self) -> str:
@@ -114,6 +119,31 @@ class Answer:
             choice = marked(make(index, text, shown, finish, stop_reason), progress.missed_experts)
             bodies.append(self._chunk(choice, progress))
         return bodies
+
+    def usual_event(self, index: int, delta: TextDelta) -> bytes | None:
+        """What `chunks` gives for one token in the middle of a stream, as an event; None: not that case, nothing was
+        taken."""
+        progress = self._choices[index]
+        is_usual = self._has_usual_events and progress.has_begun and len(delta.ids) == 1 and not delta.finish
+        if (
+            not is_usual
+            or delta.top_logprobs
+            or delta.prompt_logprobs
+            or delta.missed_experts != progress.missed_experts
+        ):
+            return None
+        if progress.missed_experts or len(delta.logprobs) != self._wants_logprobs:
+            return None
+        if progress.template is None:
+            make = chat_delta if self._head.chat else completion_choice
+            progress.template = EventTemplate(self._chunk(make(index, "", None, "", None), progress), self._head.chat)
+        progress.num_tokens += 1
+        if not self._wants_logprobs:
+            return progress.template.without_logprobs(delta.text)
+        (id,) = delta.ids
+        offset, token = progress.num_characters, self._texts.token_text(id)
+        progress.num_characters += self._texts.num_characters(id)
+        return progress.template.with_logprob(delta.text, token, delta.logprobs[0], offset)
 
     def closing(self) -> list[Body]:
         """Chunks after the end of all choices."""

@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
+from collections.abc import Callable, Sequence
 
 import msgspec
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from services.router.answer import Answer
 from services.router.api_error import ApiError
@@ -15,19 +16,24 @@ from services.router.text_stream import TextDelta
 
 MISSING_EXPERTS = "X-Regrow-Missing-Experts"
 First = tuple[int, TextDelta]
+_MOST_UNSENT_BYTES = 1 << 15
 
 
-async def send_whole(request: web.Request, answer: Answer, generations: Generations, first: First) -> web.Response:
+async def send_whole(
+    request: web.Request, answer: Answer, generations: Generations, first: Sequence[First]
+) -> web.Response:
     """Raises ApiError when a choice fails: then there is no answer at all."""
-    answer.take(*first)
+    for delta in first:
+        answer.take(*delta)
     while not answer.is_complete:
-        answer.take(*await generations.next())
+        for delta in await generations.next_ones():
+            answer.take(*delta)
     headers = {REQUEST_ID: request_id(request, answer.id), **_marks(answer.missed_experts)}
     return json_response(answer.whole(), headers=headers)
 
 
 async def send_stream(
-    request: web.Request, answer: Answer, generations: Generations, first: First, send_timeout_s: float
+    request: web.Request, answer: Answer, generations: Generations, first: Sequence[First], send_timeout_s: float
 ) -> web.StreamResponse:
     """Each write may take ``send_timeout_s``; a client that reads no more is treated as one that is gone."""
     response = web.StreamResponse(
@@ -36,9 +42,11 @@ async def send_stream(
             "Cache-Control": "no-cache",
             "X-Accel-Buffering": "no",
             REQUEST_ID: request_id(request, answer.id),
-            **_marks(first[1].missed_experts),
+            **_marks(any(delta.missed_experts for _, delta in first)),
         }
     )
+    if request.version >= HttpVersion11:
+        response.enable_chunked_encoding()
     await response.prepare(request)
 
     async def write(data: bytes) -> None:
@@ -48,17 +56,36 @@ async def send_stream(
     # A write fails when the client is gone, and times out when it has stopped reading.
     with contextlib.suppress(ConnectionError, TimeoutError):
         try:
+            deltas = first
             await write(_events(answer.opening()))
-            await write(_events(answer.chunks(*first)))
-            while not answer.is_complete:
-                deltas = await generations.next_ones()
+            while True:
                 await write(_events([body for delta in deltas for body in answer.chunks(*delta)]))
+                if answer.is_complete:
+                    break
+                if response.chunked and request.transport is not None:
+                    generations.go_direct(_direct_way(request.transport, answer))
+                deltas = await generations.next_ones()
             await write(_events(answer.closing()))
         except ApiError as error:
             await write(_events([error_body(error)]))
         await write(b"data: [DONE]\n\n")
         await response.write_eof()
     return response
+
+
+def _direct_way(transport: asyncio.Transport, answer: Answer) -> Callable[[int, TextDelta], bool]:
+    """Writes what is usual without waking anybody, as an HTTP chunk of its own. A client that falls behind is left to
+    the handler, which waits for it."""
+
+    def write(index: int, delta: TextDelta) -> bool:
+        if transport.is_closing() or transport.get_write_buffer_size() > _MOST_UNSENT_BYTES:
+            return False
+        event = answer.usual_event(index, delta)
+        if event is not None:
+            transport.write(b"%x\r\n%b\r\n" % (len(event), event))
+        return event is not None
+
+    return write
 
 
 def _marks(missed_experts: bool) -> dict[str, str]:

@@ -110,7 +110,7 @@ class HttpApi:
             head = ResponseHead(id, model.limits.name, int(time.time()), chat)
             answer = Answer(head, parsed, choices, model)
             # An error before the first token has its own HTTP status, streaming or not.
-            first = await generations.next()
+            first = await generations.next_ones()
             if parsed.stream:
                 return await send_stream(request, answer, generations, first, gateway.send_timeout_s())
             return await send_whole(request, answer, generations, first)

@@ -2,8 +2,8 @@
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from types import TracebackType
 
 from common.ids import RequestId, make_request_id
@@ -14,8 +14,44 @@ from services.router.text_stream import TextDelta, TextStream
 
 _QUIET_S = 0.2
 
-# Bounded by max_tokens: there is at most one entry for each token of each choice.
-Outbox = asyncio.Queue[tuple[int, TextDelta | ApiError]]
+
+Item = tuple[int, TextDelta | ApiError]
+
+
+class Outbox:
+    """What the core delivers for all choices of one request: number of the choice, and its next text or its error.
+    Bounded by max_tokens: there is at most one entry for each token of each choice.
+
+    A task that wakes for each token of each stream is what a router would spend most on. So a handler may name a
+    ``direct`` way for what needs nothing of it; whatever that does not take, and all that comes before the handler has
+    seen it, waits for the handler. Nothing overtakes anything.
+    """
+
+    def __init__(self) -> None:
+        self._items: deque[Item] = deque()
+        self._filled = asyncio.Event()
+        self.direct: Callable[[int, TextDelta], bool] | None = None
+
+    def put(self, index: int, item: TextDelta | ApiError) -> None:
+        if self.direct and not self._items and isinstance(item, TextDelta) and self.direct(index, item):
+            return
+        self._items.append((index, item))
+        self._filled.set()
+
+    async def take(self) -> list[tuple[int, TextDelta]]:
+        """All that waits, at least one. Raises ApiError when a choice has failed, after what came before that."""
+        await self._filled.wait()
+        ready: list[tuple[int, TextDelta]] = []
+        while self._items:
+            index, item = self._items[0]
+            if isinstance(item, ApiError):
+                if ready:
+                    return ready
+                raise item
+            self._items.popleft()
+            ready.append((index, item))
+        self._filled.clear()
+        return ready
 
 
 class Generation:
@@ -33,18 +69,25 @@ class Generation:
         if self.ended:
             return
         first = self._text.num_tokens == 0
-        delta = self._text.push(tokens.ids, tokens.logprobs, tokens.finish, tokens.top_logprobs, tokens.prompt_logprobs)
+        delta = self._text.push(
+            tokens.ids,
+            tokens.logprobs,
+            tokens.finish,
+            tokens.top_logprobs,
+            tokens.prompt_logprobs,
+            tokens.missed_experts,
+        )
         histogram = self._metrics.time_to_first_token if first else self._metrics.token_gap
         histogram.observe(now - self._last_token_at)
         self._last_token_at = now
         self._metrics.output_tokens.inc(len(delta.ids))
-        self._outbox.put_nowait((self._index, replace(delta, missed_experts=tokens.missed_experts)))
+        self._outbox.put(self._index, delta)
         if delta.finish:
             self._end("finished")
 
     def fail(self, error: ApiError) -> None:
         if not self.ended:
-            self._outbox.put_nowait((self._index, error))
+            self._outbox.put(self._index, error)
             self._end("failed")
 
     def cancel(self) -> None:
@@ -68,27 +111,18 @@ class Generations:
         """That of the first choice."""
         return self._choices[0].id
 
-    async def next(self) -> tuple[int, TextDelta]:
-        """The next text and the number of its choice, which it ends if it has a finish.
+    async def next_ones(self) -> list[tuple[int, TextDelta]]:
+        """The next texts, each with the number of its choice, which it ends if it has a finish; all that have come, so
+        that a router that is behind writes once for all of it.
 
         Raises ApiError when one of the choices has failed. Waits no longer than the deadline of a request, which the
         core keeps.
         """
-        index, delta = await self._outbox.get()
-        if isinstance(delta, ApiError):
-            raise delta
-        return index, delta
+        return await self._outbox.take()
 
-    async def next_ones(self) -> list[tuple[int, TextDelta]]:
-        """`next`, and what else has come since, so that a router that is behind writes once for all of it."""
-        ready = [await self.next()]
-        while not self._outbox.empty():
-            index, delta = self._outbox.get_nowait()
-            if isinstance(delta, ApiError):
-                self._outbox.put_nowait((index, delta))  # it ends the stream, but after what came before it
-                break
-            ready.append((index, delta))
-        return ready
+    def go_direct(self, way: Callable[[int, TextDelta], bool]) -> None:
+        """See `Outbox`: ``way`` says whether it took the text."""
+        self._outbox.direct = way
 
     def __enter__(self) -> "Generations":
         return self
@@ -96,6 +130,7 @@ class Generations:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._outbox.direct = None
         for choice in self._choices:
             choice.cancel()
             self._on_close(choice.id)

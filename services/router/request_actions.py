@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import msgspec
+
 from common.ids import ProcessId, RequestId
 from common.messages import Message, TopLogprobs
 
@@ -14,8 +16,7 @@ class Send:
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
-class Deliver:
+class Deliver(msgspec.Struct, frozen=True):
     """Outputs [start, start + len(ids)) of ``request``, each handed over exactly once and in order.
 
     ``logprobs`` and ``top_logprobs`` are empty or as long as ``ids``; ``prompt_logprobs``, if asked for, come with

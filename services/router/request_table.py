@@ -30,7 +30,7 @@ from common.view import has_orphans
 from services.router.dispatch_policy import RankLoad, choose_prefill, choose_rank, plan_moves
 from services.router.prefill_wait import PrefillWait
 from services.router.prefix_homes import PrefixHomes
-from services.router.request_actions import Action, Send
+from services.router.request_actions import Action, Deliver, Send
 from services.router.request_lifecycle import Place, RequestLifecycle, State
 
 _WAITING = (State.QUEUED, State.REPLACING)
@@ -110,7 +110,8 @@ class RequestTable:
         """A message of a decode rank or prefill worker; others are none of the table's business."""
         match message:
             case TokenBatch():
-                return self._settle(self._on_token_batch(peer, message, now), now)
+                actions = self._on_token_batch(peer, message, now)
+                return actions if self._is_plain_progress(actions) else self._settle(actions, now)
             case PrefillDone() | PrefillQueued() | Unknown() | Refused():
                 request = self._requests.get(message.request)
                 if request is None or request.attempt != message.attempt:
@@ -188,6 +189,14 @@ class RequestTable:
             else:
                 actions += request.on_tokens(tokens, now)
         return actions
+
+    def _is_plain_progress(self, actions: list[Action]) -> bool:
+        """Some requests have more tokens, and that is all: nothing ends, waits or moves. True of nearly all batches."""
+        return (
+            all(isinstance(action, Deliver) and not action.finish for action in actions)
+            and not self._filling
+            and all(request.place is not None for request in self._requests.values())
+        )
 
     def _on_word(
         self,

@@ -262,10 +262,10 @@ class Router:
     def _perform(self, actions: list[Action], now: float) -> None:
         for action in actions:
             match action:
-                case Send(peer, message):
-                    self._links.send(peer, message)
                 case Deliver(request):
                     self._deliver(request, action, now)
+                case Send(peer, message):
+                    self._links.send(peer, message)
                 case Replaced(request, attempt, reason):
                     self._metrics.replacements.labels(reason=reason).inc()
                     log.info("request %s epoch %d: attempt %d (%s)", request, self._table.epoch, attempt, reason)

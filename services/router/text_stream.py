@@ -5,8 +5,9 @@ it takes tokens one by one, so its answer does not depend on how they were batch
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from common.messages import TopLogprobs
 from services.router.stop_strings import StopStrings
@@ -17,8 +18,7 @@ class Detokenizer(Protocol):
     def flush(self) -> str: ...
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
+class TextDelta(msgspec.Struct, frozen=True):
     """``ids`` are the tokens that this text comes from, as far as they count; text may lag behind its tokens.
 
     ``stop`` is the stop string that ended the text, if one did. The first delta has the ``prompt_logprobs``, if asked.
@@ -50,6 +50,7 @@ class TextStream:
         finish: str,
         top_logprobs: tuple[TopLogprobs, ...] = (),
         prompt_logprobs: tuple[tuple[float, TopLogprobs], ...] = (),
+        missed_experts: bool = False,
     ) -> TextDelta:
         """``finish`` "stop" says that the last id is the end of the sequence, which counts but is not shown.
 
@@ -75,6 +76,7 @@ class TextStream:
             stop,
             top_logprobs[:num_counted],
             prompt_logprobs,
+            missed_experts,
         )
 
     def _find_stop(self, text: str, index: int) -> tuple[str, str | None]:
