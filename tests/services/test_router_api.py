@@ -10,17 +10,8 @@ import pytest
 
 from common.messages import Sampling
 from tests.services.api_calls import PROMPT, get, post
-from tests.services.fake_cluster import (
-    TOKENIZER,
-    FakeCluster,
-    alternatives,
-    expected_text,
-    fake_cluster,
-    logprob,
-    prompt_logprobs,
-    token,
-    until,
-)
+from tests.services.fake_cluster import FakeCluster, fake_cluster, until
+from tests.services.fake_decode import TOKENIZER, alternatives, expected_text, logprob, prompt_logprobs, token
 
 KEY = tuple(PROMPT)
 OTHER = [20, 21]

@@ -5,11 +5,8 @@ from typing import Any
 import aiohttp
 
 from tests.services.api_calls import CHAT, PROMPT, get, post
-from tests.services.fake_cluster import (
-    TOKENIZER,
-    fake_cluster,
-    until,
-)
+from tests.services.fake_cluster import fake_cluster, until
+from tests.services.fake_decode import TOKENIZER
 
 
 async def test_requests_in_flight_are_listed_with_their_places() -> None:

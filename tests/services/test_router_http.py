@@ -9,14 +9,8 @@ import aiohttp
 import openai
 import pytest
 
-from tests.services.fake_cluster import (
-    FakeCluster,
-    expected_text,
-    fake_cluster,
-    logprob,
-    token,
-    until,
-)
+from tests.services.fake_cluster import FakeCluster, fake_cluster, until
+from tests.services.fake_decode import expected_text, logprob, token
 
 PROMPT = [10, 11, 12, 13]
 KEY = tuple(PROMPT)

@@ -3,14 +3,8 @@
 import pytest
 
 from tests.services.api_calls import PROMPT
-from tests.services.fake_cluster import (
-    TOKENIZER,
-    expected_text,
-    fake_cluster,
-    logprob,
-    prompt_logprobs,
-    token,
-)
+from tests.services.fake_cluster import fake_cluster
+from tests.services.fake_decode import TOKENIZER, expected_text, logprob, prompt_logprobs, token
 
 KEY = tuple(PROMPT)
 

@@ -4,7 +4,8 @@ order, to the end; and nobody keeps anything for a request that is over. Prefill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.router.lossy_world import World, whole_output
+from tests.unit.router.lossy_workers import whole_output
+from tests.unit.router.lossy_world import World
 
 # Longer than every deadline on the way: asks, refusals, a handoff that got lost.
 _QUIET_S = 60.0
