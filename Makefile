@@ -53,7 +53,7 @@ test-namespaces: $(STAMP)
 	@$(BIN)/python -m pytest -m "root" tests/cluster/test_namespaces.py $(ARGS)
 
 test-faults: $(STAMP)
-	@REGROW_FAULTS_TABLE=benchmarks/results/faults_cpu.md $(BIN)/python -m pytest -m faults --timeout 600 $(ARGS)
+	@REGROW_FAULTS_TABLE=benchmarks/results/faults_cpu_$$(date -u +%F).md $(BIN)/python -m pytest -m faults --timeout 600 $(ARGS)
 
 test-compose: $(STAMP)
 	@$(BIN)/python -m pytest -m compose --timeout 1800 $(ARGS)

@@ -1,11 +1,12 @@
 """What a failure costs: 32 streams on 4 decode ranks while parts of the cluster go, all seen by the clients.
 
-    python -m benchmarks.failover [--sections ranks,services,scaling] [--kills 20] [--stops 10] [--streams 32]
+    python -m benchmarks.failover [--sections ranks,services,scaling,routers] [--kills 20] [--stops 10] [--streams 32]
                                   [--repeats 3] [--model DIR] [--output PREFIX]
 
     ranks      decode ranks killed and stopped
     services   monitor, planner and agent killed and stopped
     scaling    4 -> 6 -> 3 -> 4 ranks, 2 -> 3 -> 1 -> 2 prefill workers
+    routers    one of two routers killed and replaced, in a cluster of its own; its clients ask again
 
 Every stream is compared, text and log-probability bits, with the same request of the fault-free run before. A fault
 counts only with proof. Writes PREFIX.json, PREFIX.md and, of the ranks, PREFIX.svg.
@@ -21,15 +22,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks import failover_ranks, failover_scaling, failover_services
+from benchmarks import failover_ranks, failover_routers, failover_scaling, failover_services
 from benchmarks.failover_report import Window, is_perfect, picture, summary, table, verdict, window_figures
 from benchmarks.load_generator import LoadGenerator, bodies_for
-from benchmarks.provenance import provenance
+from benchmarks.provenance import provenance, results_path
 from services.cli.temporary_cluster import temporary_cluster
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_TOKENS, NUM_BODIES = 240, 64
-SECTIONS = ("ranks", "services", "scaling")
+SECTIONS = ("ranks", "services", "scaling", "routers")
 SCALING_STEPS = [(6, 3), (3, 1), (4, 2)]
 _WARM_UP_S = 3.0
 
@@ -73,6 +74,13 @@ class Bench:
     def scaling(self) -> dict[str, Any]:
         return self._windows(lambda: failover_scaling.run_scalings(self.base / "run", SCALING_STEPS))
 
+    def routers(self) -> dict[str, Any]:
+        def act() -> list[failover_routers.RouterFault]:
+            return failover_routers.run_faults(self.url, self.base / "run", self.options.repeats)
+
+        records, faults, _ = self.under_load(act)
+        return failover_routers.figures(records, self.expected, faults)
+
     def _windows(self, act: Callable[[], list[Window]]) -> dict[str, Any]:
         records, windows, _ = self.under_load(act)
         return verdict(records, self.expected) | window_figures(records, windows)
@@ -81,11 +89,19 @@ class Bench:
 def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     origin = provenance()
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="regrow-failover-") as directory:
-        base = Path(directory).resolve()
-        with temporary_cluster(base / "run", options.model, 4, 2) as url:
-            bench = Bench(options, url, base)
-            figures = {section: getattr(bench, section)() for section in options.sections}
+    figures: dict[str, dict[str, Any]] = {}
+    for num_routers in (1, 2):
+        sections = [section for section in options.sections if (section == "routers") == (num_routers == 2)]
+        if not sections:
+            continue
+        with tempfile.TemporaryDirectory(prefix="regrow-failover-") as directory:
+            base = Path(directory).resolve()
+            config = base / "routers.toml"
+            config.write_text(failover_routers.CONFIG if num_routers > 1 else "")
+            more = ("--routers", str(num_routers), "--config", str(config))
+            with temporary_cluster(base / "run", options.model, 4, 2, *more) as url:
+                bench = Bench(options, url, base)
+                figures |= {section: getattr(bench, section)() for section in sections}
     text = "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in origin.items())
     tables = "\n\n".join(f"## {section}\n\n{table(values)}" for section, values in figures.items())
     report = f"# Failover\n\n{text}\n- streams: {options.streams} of {MAX_TOKENS} tokens\n\n{tables}\n"
@@ -111,7 +127,7 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--calm-s", type=float, default=45.0, help="length of the fault-free run")
     parser.add_argument("--model", type=Path, default=ROOT / "tests" / "fixtures" / "tiny-random")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/failover_cpu"))
+    parser.add_argument("--output", type=Path, default=results_path("failover_cpu"))
     figures = measure(parser.parse_args())
     return 0 if all(is_perfect(values) for values in figures.values()) else 1
 

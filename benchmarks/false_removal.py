@@ -24,7 +24,7 @@ import msgspec
 from benchmarks.failover import MAX_TOKENS, NUM_BODIES, ROOT
 from benchmarks.failover_report import Window, gaps_within, is_perfect, percentile, rate, table, verdict
 from benchmarks.load_generator import LoadGenerator, bodies_for
-from benchmarks.provenance import provenance
+from benchmarks.provenance import provenance, results_path
 from common.bus import BusSubscriber
 from common.monitor_address import MonitorAddress
 from common.transport import open_context
@@ -110,7 +110,7 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--hogs", type=int, default=os.cpu_count() or 2)
     parser.add_argument("--calm-s", type=float, default=30.0, help="length of the run that is compared with")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/false_removal_cpu"))
+    parser.add_argument("--output", type=Path, default=results_path("false_removal_cpu"))
     figures = measure(parser.parse_args())
     return 0 if is_perfect(figures) and figures["events removed"] == 0 else 1
 

@@ -64,12 +64,14 @@ async def generate(url: str, bodies: list[dict[str, Any]], num_streams: int) -> 
     async with asyncio.TaskGroup() as group:
 
         async def keep_one_open() -> None:
+            index, is_lost = 0, False
             while not stopping.is_set():
-                index = next(numbers) % len(bodies)
+                index = index if is_lost else next(numbers) % len(bodies)  # who was cut off asks the same again
                 stream, sent = Stream(bodies[index]), time.monotonic()
                 await run_raw_stream(url, stream, _REQUEST_S)
                 records.append(_record(index, stream, sent))
-                if stream.error:
+                is_lost = bool(stream.error)
+                if is_lost:
                     await asyncio.sleep(_AFTER_ERROR_S)
 
         for _ in range(num_streams):
@@ -81,6 +83,7 @@ def _record(index: int, stream: Stream, sent: float) -> dict[str, Any]:
     return {
         "body": index,
         "sent": sent,
+        "ended": time.monotonic(),
         "id": stream.id.partition("-")[2],
         "text": stream.text,
         "logprobs": [value.hex() for value in stream.logprobs],

@@ -8,6 +8,15 @@ import sys
 from pathlib import Path
 
 
+def today() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+
+
+def results_path(name: str, suffix: str = "") -> Path:
+    """Where a measurement of today is kept, unless told otherwise."""
+    return Path("benchmarks/results") / f"{name}_{today()}{suffix}"
+
+
 def provenance() -> dict[str, str]:
     """Hardware, date, commit, command."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10)
@@ -15,7 +24,7 @@ def provenance() -> dict[str, str]:
     dirty = " with uncommitted changes" if changed.stdout.strip() else ""
     return {
         "hardware": f"{_processor()}, {os.cpu_count()} cores",
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "date": today(),
         "commit": (commit.stdout.strip() or "unknown") + dirty,
         "command": f"python -m {_module()} {' '.join(sys.argv[1:])}".strip(),
         "python": platform.python_version(),

@@ -17,7 +17,7 @@ from tests.chaos.witness import Witness
 from tests.cluster.harness import Cluster
 
 _PROOF_S, _ANSWER_S = 5.0, 30.0
-_SPARED = ("router", "cli")  # streams live in the router; `regrow up` is the operator
+_SPARED = ("router", "cli")  # streams live in the router, which has faults of its own; `regrow up` is the operator
 
 
 @dataclass
@@ -29,6 +29,7 @@ class Injector:
     witness: Witness = field(default_factory=Witness)
     num_done: dict[str, int] = field(default_factory=dict)
     num_refused: int = 0
+    router_kills: list[float] = field(default_factory=list)  # when
     _masked: set[int] = field(default_factory=set)
 
     async def inject(self, fault: Fault) -> None:
@@ -47,7 +48,9 @@ class Injector:
     # Signals.
 
     def _pids(self, fault: Fault) -> list[int]:
-        found = [process for process in processes_of(self.cluster.run_dir.resolve()) if process.kind not in _SPARED]
+        found = [
+            p for p in processes_of(self.cluster.run_dir.resolve()) if p.kind not in _SPARED or p.kind == fault.kind
+        ]
         if fault.kind == "everything":
             return [process.pid for process in found]
         kind = fault.kind.removeprefix("all ")
@@ -57,6 +60,8 @@ class Injector:
     async def _signal(self, fault: Fault) -> None:
         pids, wanted = self._pids(fault), "" if fault.action == "kill" else "T"
         number = signal.SIGKILL if fault.action == "kill" else signal.SIGSTOP
+        if (fault.action, fault.kind) == ("kill", "router"):
+            self.router_kills.append(self.witness.now_s)
         for pid in pids:
             _send(pid, number)
         await self._prove(fault, pids, wanted)
@@ -79,7 +84,7 @@ class Injector:
 
     async def _event(self, fault: Fault) -> None:
         """Refused is no failure: beside another fault there may be no such rank, or no room without it."""
-        rank = None if fault.action == "scale" else int(fault.pick * self.size[0])
+        rank = None if fault.action in ("scale", "restart") else int(fault.pick * self.size[0])
         answer = await self._ask(await self._as_event(fault, rank))
         self._tell(f"{fault}{'' if rank is None else f', rank {rank}'}: {answer['status']}: {proof_of(answer)}")
         if answer["status"] == "done":
@@ -95,11 +100,15 @@ class Injector:
     async def _as_event(self, fault: Fault, rank: int | None) -> dict[str, object]:
         detail = dict(fault.detail)
         if fault.action == "kill in a round":
-            status = await self.cluster.fetch_status()
+            status = await self.cluster.wait_status(lambda _: True)
             rounds = max((int(entry.get("group_rounds", 0)) for entry in status["ranks"]), default=0)
             ahead = detail["rounds_ahead"]
             assert isinstance(ahead, int)
             return fault_event("kill", rank, None, at_round=rounds + ahead)
+        if fault.action == "restart":
+            status = await self.cluster.wait_status(lambda _: True)
+            names = sorted(entry["name"] for entry in status["services"] if entry["kind"] == "router")
+            return fault_event("restart", None, names[int(fault.pick * len(names))])
         return fault_event(fault.action, rank, None, **detail)
 
     async def _undo(self, action: str, rank: int | None) -> None:

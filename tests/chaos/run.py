@@ -4,7 +4,10 @@
 
 The random checkpoint, greedy and seeded requests, log-probability bits compared. A signal that cannot be proven (the
 pid is not gone, not in state T) fails the run, and so does a cluster that is not whole again at the end. A seed that
-fails prints its story, the cluster's last events, and the command that gives the same schedule again.
+fails prints its story, with the cluster's events, and the command that gives the same schedule again.
+
+Two routers share the port. When one is killed its streams end, as far as they came equal to the fault-free run; each
+client asks again, and must get the whole answer. No other stream may end early.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import itertools
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -22,12 +26,17 @@ from typing import Any
 from services.cli.chat_client import Stream
 from services.cli.run_directory import monitor_address
 from tests.chaos.injector import Injector
-from tests.chaos.schedule import Fault, schedule
+from tests.chaos.schedule import Fault, router_schedule, schedule
 from tests.cluster.harness import Cluster, outcome, stream_all, varied_bodies
 
-NUM_STREAMS, MAX_TOKENS, NUM_RANKS, NUM_PREFILL = 12, 120, 4, 2
-CLUSTER_OPTIONS = ("--decode-ranks", str(NUM_RANKS), "--prefill-workers", str(NUM_PREFILL))
+NUM_STREAMS, MAX_TOKENS, NUM_RANKS, NUM_PREFILL, NUM_ROUTERS = 12, 120, 4, 2, 2
+CLUSTER_OPTIONS = (
+    *("--decode-ranks", str(NUM_RANKS), "--prefill-workers", str(NUM_PREFILL), "--routers", str(NUM_ROUTERS)),
+)
+CONFIG = "[router]\ndrain_s = 120.0\n"  # a router that is replaced ends its streams, also those that wait for a repair
+_RESTARTED_S = 30.0  # until then nobody may listen, if the other router is leaving
 _WHOLE_S = 90.0
+_CONNECTION_LOST = ("Client", "Server", "the stream ended without")  # names of aiohttp's errors
 _LONG_GAP_S = 8.0  # longer than a deadline and its roll call: worth a look, though nothing was wrong
 
 
@@ -42,26 +51,48 @@ class Gap:
 
 @dataclass
 class Tally:
-    """``broken``: streams that ended because their router died. ``asked_again``: answers to the same requests."""
+    """``broken_of``: by router (what its request ids begin with), streams that ended because it was killed; those that
+    had no answer yet are under ""."""
 
     injector: Injector
     num_streams: int = 0
     wrong: list[str] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
-    broken: list[str] = field(default_factory=list)
+    broken_of: Counter[str] = field(default_factory=Counter)
 
     @property
     def num_faults(self) -> int:
         return sum(self.injector.num_done.values())
 
-    def compare(self, streams: list[Stream], expected: list[Stream]) -> None:
+    def compare(self, streams: list[Stream], expected: list[Stream], since_s: float) -> list[Stream]:
+        """Of requests sent after ``since_s``. Returns the fault-free ones of those to be asked again."""
         started, at = self.injector.witness.started, self.injector.witness.now_s
+        again: list[Stream] = []
         for number, (stream, fault_free) in enumerate(zip(streams, expected, strict=True)):
             self.num_streams += 1
             self.gaps.append(_largest_gap(stream, started))
-            if stream.error or outcome(stream) != outcome(fault_free):
+            if stream.error and self._lost_its_router(stream, since_s) and _is_begun(stream, fault_free):
+                again.append(fault_free)
+            elif stream.error or outcome(stream) != outcome(fault_free):
                 what = stream.error or f"differs from the fault-free run after {_num_same(stream, fault_free)} tokens"
                 self.wrong.append(f"stream {number} of the round that ended at {at:.2f} s: {what}")
+        return again
+
+    def _lost_its_router(self, stream: Stream, since_s: float) -> bool:
+        """Its connection broke, a router was killed while it was open, and no more routers lost streams than died. (Who
+        had no answer yet may have been refused, too.)"""
+        router = stream.id.partition("-")[2].partition(".")[0]
+        since_s -= 0.0 if router else _RESTARTED_S
+        num_kills = len(self.injector.router_kills)
+        if not stream.error.startswith(_CONNECTION_LOST) or not any(at >= since_s for at in self.injector.router_kills):
+            return False
+        self.broken_of[router] += 1
+        return len(self.broken_of.keys() - {""}) <= num_kills
+
+
+def _is_begun(stream: Stream, fault_free: Stream) -> bool:
+    num_same = _num_same(stream, fault_free)
+    return num_same == len(stream.logprobs) and fault_free.text.startswith(stream.text)
 
 
 def _num_same(stream: Stream, fault_free: Stream) -> int:
@@ -76,7 +107,8 @@ def _largest_gap(stream: Stream, started: float) -> Gap:
 
 def is_whole(status: dict[str, Any]) -> bool:
     serving = [entry for entry in status["ranks"] if entry["state"] == "serving"]
-    return len(serving) == NUM_RANKS and len(status["prefill"]) == NUM_PREFILL
+    routers = [entry for entry in status["services"] if entry["kind"] == "router" and entry["state"] == "up"]
+    return (len(serving), len(status["prefill"]), len(routers)) == (NUM_RANKS, NUM_PREFILL, NUM_ROUTERS)
 
 
 async def run_chaos(cluster: Cluster, seed: int, seconds: float, tally: Tally) -> None:
@@ -86,15 +118,27 @@ async def run_chaos(cluster: Cluster, seed: int, seconds: float, tally: Tally) -
     for stream in expected:
         assert (stream.error, stream.finish, len(stream.logprobs)) == ("", "length", MAX_TOKENS)
     async with tally.injector.witness.watching(monitor_address(cluster.run_dir)):
-        disturbing = asyncio.create_task(_disturb(tally.injector, schedule(seed), time.monotonic() + seconds))
+        end = time.monotonic() + seconds
+        disturbing = asyncio.gather(
+            *(_disturb(tally.injector, faults, end) for faults in (schedule(seed), router_schedule(seed)))
+        )
         try:
             while not disturbing.done():
-                tally.compare(await stream_all(cluster.url, bodies), expected)
+                await _ask_until_answered(cluster, expected, tally)
             await disturbing
         finally:
             disturbing.cancel()
         await tally.injector.undo_all()
         await cluster.wait_status(is_whole, _WHOLE_S)
+
+
+async def _ask_until_answered(cluster: Cluster, expected: list[Stream], tally: Tally) -> None:
+    wanted = expected
+    while wanted:
+        since_s = tally.injector.witness.now_s
+        streams = await stream_all(cluster.url, [stream.body for stream in wanted])
+        wanted = tally.compare(streams, wanted, since_s)
+        await asyncio.sleep(0.1 if wanted else 0.0)
 
 
 async def _disturb(injector: Injector, groups: Iterator[list[Fault]], end: float) -> None:
@@ -112,7 +156,8 @@ def report(seed: int, tally: Tally) -> str:
     return (
         f"seed {seed}: {tally.num_streams} streams, {len(tally.wrong)} wrong; largest gap of a stream: "
         f"median {gaps[len(gaps) // 2]:.2f} s, largest {gaps[-1]:.2f} s; {faults}; "
-        f"{tally.injector.num_refused} events refused"
+        f"{tally.injector.num_refused} events refused; "
+        f"{sum(tally.broken_of.values())} streams ended with their router and were asked again"
     )
 
 
@@ -123,7 +168,7 @@ def new_tally(cluster: Cluster) -> Tally:
 def run_seed(seed: int, seconds: float) -> bool:
     """Whether all was well."""
     with tempfile.TemporaryDirectory(prefix="regrow-chaos-") as directory:
-        cluster, failure = Cluster(Path(directory).resolve() / "run", *CLUSTER_OPTIONS), ""
+        cluster, failure = Cluster(Path(directory).resolve() / "run", *CLUSTER_OPTIONS, config=CONFIG), ""
         try:
             cluster.wait_ready()
             tally = new_tally(cluster)

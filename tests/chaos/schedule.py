@@ -35,6 +35,8 @@ _MENU = (
     ("corrupt_heap", "decode", 2),
     ("kill in a round", "decode", 2),
 )
+# Of the routers, beside all this: their clients see these, so they are rarer, and one at a time.
+_ROUTER_MENU = (("kill", 2), ("stop", 1), ("restart", 1))
 _PAIR_SHARE = 0.3
 _FACTORS = (2.0, 4.0, 10.0)
 _CUTS = tuple((which, direction) for which in WHICH for direction in DIRECTIONS)
@@ -68,6 +70,15 @@ def schedule(seed: int) -> Iterator[list[Fault]]:
             group.append(_fault(random, pause_s))
             pause_s = random.choice((0.0, random.uniform(0.0, 0.3), random.uniform(0.3, 3.0)))
         yield group
+
+
+def router_schedule(seed: int) -> Iterator[list[Fault]]:
+    """Without end, one at a time; drawn apart, so that `schedule` is the same with and without it."""
+    random = Random(f"routers {seed}")
+    while True:
+        (action,) = random.choices([action for action, _ in _ROUTER_MENU], [weight for _, weight in _ROUTER_MENU])
+        hold_s = random.choice((0.5, 2.0, 7.0)) if action == "stop" else 0.0
+        yield [Fault(random.uniform(8.0, 20.0), action, "router", random.random(), hold_s)]
 
 
 def _fault(random: Random, after_s: float) -> Fault:

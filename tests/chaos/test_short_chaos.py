@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.run import CLUSTER_OPTIONS, new_tally, report, run_chaos
+from tests.chaos.run import CLUSTER_OPTIONS, CONFIG, new_tally, report, run_chaos
 from tests.chaos.schedule import SIGNALS, UNDONE_BY, schedule
 from tests.cluster.harness import Cluster
 
@@ -33,7 +33,7 @@ SEED = 359
 
 @pytest.mark.timeout(300)
 def test_a_dozen_seconds_of_faults_change_no_stream(tmp_path: Path) -> None:
-    cluster = Cluster(tmp_path / "run", *CLUSTER_OPTIONS)
+    cluster = Cluster(tmp_path / "run", *CLUSTER_OPTIONS, config=CONFIG)
     try:
         cluster.wait_ready()
         tally = new_tally(cluster)

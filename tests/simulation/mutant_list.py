@@ -35,6 +35,7 @@ MUTANTS = (
     Mutant(
         "no-epoch-in-poison",
         ((_WAIT, "elif fault is None and any(poison[member] >= floor for member in members):", "elif any(poison):"),),
+        seed=0,
     ),
     Mutant(
         "verdict-by-accusation",
@@ -48,6 +49,9 @@ MUTANTS = (
                 "            return\n",
             ),
         ),
+        by_test="tests/unit/monitor/test_void_rounds.py",
+        seed=7,
+        plot="paths",
     ),
     Mutant(
         "a-void-rank-publishes",
@@ -65,6 +69,7 @@ MUTANTS = (
             ),
         ),
         by_test="tests/kernels/test_ep_waits.py::test_a_void_rank_publishes_nothing_more",
+        seed=7,
     ),
     Mutant(
         "commit-before-the-status-word",
@@ -77,6 +82,7 @@ MUTANTS = (
             ),
             (_ENGINE, "return outputs if self._open_group().status == CLEAN else None", "return outputs"),
         ),
+        seed=7,
     ),
     Mutant(
         "epoch-numbers-reused",
@@ -103,6 +109,7 @@ MUTANTS = (
                 "self.term, self._highest = TERM_SIZE, max(self._highest, TERM_SIZE)",
             ),
         ),
+        seed=7,
     ),
     Mutant(
         "lost-tokens-are-neither-repeated-nor-asked-for",
@@ -114,6 +121,7 @@ MUTANTS = (
             ),
             (_LIFECYCLE, "return self._ask_decode(now)\n\n    def _fail_late", "return []\n\n    def _fail_late"),
         ),
+        seed=0,
     ),
     Mutant(
         "a-gap-is-not-seen",
@@ -121,10 +129,12 @@ MUTANTS = (
             (_LIFECYCLE, "        if tokens.start > have:\n            return self._ask_for_gap(now)\n", ""),
             (_LIFECYCLE, "new = tokens.ids[have - tokens.start :]", "new = tokens.ids[max(have - tokens.start, 0) :]"),
         ),
+        seed=0,
     ),
     Mutant(
         "doubled-tokens-are-taken",
         ((_LIFECYCLE, "new = tokens.ids[have - tokens.start :]", "new = tokens.ids"),),
+        seed=6,
     ),
     Mutant(
         "kv-that-was-not-announced-for-this-attempt",
@@ -147,6 +157,7 @@ MUTANTS = (
         ),
         plot="zombie",
         by_test="tests/unit/monitor/test_membership.py",
+        seed=0,
     ),
     Mutant(
         "a-void-round-without-a-new-view",
@@ -157,15 +168,19 @@ MUTANTS = (
                 "            self._removals.roll_call = None\n            (lambda *_: None)(f",
             ),
         ),
+        by_test="tests/unit/monitor/test_void_rounds.py",
     ),
     Mutant(
         "experts-not-loaded-on-a-switch-in-band",
         ((_RANK, "        return [LoadExperts(view), Adopt(view, in_band)]", "        return [Adopt(view, in_band)]"),),
         num_seeds=2000,
+        seed=0,
     ),
     Mutant(
         "a-late-monitor-trusts-its-timers",
         (("services/monitor/ticks.py", "min(now, self._last_tick) - max(since, self._restarted_at)", "now - since"),),
+        seed=14,
+        plot="monitor",
     ),
     Mutant(
         "kv-blocks-freed-twice",
@@ -177,6 +192,7 @@ MUTANTS = (
             ),
         ),
         num_seeds=50,
+        seed=0,
     ),
     Mutant(
         "a-removed-rank-keeps-its-requests",
@@ -187,10 +203,12 @@ MUTANTS = (
                 "            if False and request.place is not None and not self._holds(request.place):\n",
             ),
         ),
+        seed=0,
     ),
     Mutant(
         "a-view-is-neither-mapped-nor-forwarded",
         ((_RANK, "[*actions, ForwardView(view, endpoints), MapHeaps(view)]", "[*actions]"),),
+        by_test="tests/unit/decode/test_membership.py",
     ),
     Mutant(
         "a-member-is-ready-before-the-newcomer",
@@ -205,6 +223,7 @@ MUTANTS = (
                 "            return preparation.view.epoch, ()\n",
             ),
         ),
+        seed=0,
     ),
     Mutant(
         "rows-shared-between-sources",
@@ -240,6 +259,7 @@ MUTANTS = (
                 "self._removals.publish_same_members(evidence, now)",
             ),
         ),
+        seed=31,
     ),
     Mutant(
         "who-was-missing-at-a-roll-call-is-not-told",
@@ -250,6 +270,8 @@ MUTANTS = (
                 "return tuple(",
             ),
         ),
+        seed=1,
+        plot="paths",
     ),
     Mutant(
         "versions-of-the-directory-begin-anew",
@@ -266,6 +288,7 @@ MUTANTS = (
                 "        if waited_s >= _GATHER_AT_LEAST_S:\n            return True\n",
             ),
         ),
+        by_test="tests/unit/monitor/test_takeover.py",
     ),
     Mutant(
         "a-join-in-force-before-the-newcomer-says-so",
@@ -276,6 +299,7 @@ MUTANTS = (
                 "        return not set(self.waiting) - set(self.newcomers if self.base else ())",
             ),
         ),
+        seed=3,
     ),
     Mutant(
         "a-view-that-only-some-enter-is-waited-for",
@@ -298,6 +322,7 @@ MUTANTS = (
                 '    return RequestId(f"0.{number}")',
             ),
         ),
+        seed=6,
     ),
     Mutant(
         "cached-prefixes-evicted-while-they-are-read",
@@ -308,6 +333,7 @@ MUTANTS = (
                 "            node.num_pins += 1\n",
             ),
         ),
+        seed=0,
     ),
     Mutant(
         "kv-taken-before-all-pieces-are-there",
@@ -318,6 +344,7 @@ MUTANTS = (
                 "        return bool(self._pieces)",
             ),
         ),
+        seed=2,
     ),
     Mutant(
         "no-header-barrier",
@@ -335,6 +362,7 @@ MUTANTS = (
                 "",
             ),
         ),
+        seed=0,
     ),
     # Rules without which the protocol's models found no wrong token: others hold in their place, or windows are narrow.
     Mutant(

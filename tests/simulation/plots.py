@@ -37,6 +37,13 @@ PLOTS = {
     "": Plot(),
     # A rank stands still, nobody can fence it, somebody waits for its slot, and it wakes up.
     "zombie": Plot(("zombie", "stop rank", "stop rank at a step"), has_standby=True),
+    # Rounds end at their deadline, with nobody or the wrong one to blame.
+    "stops": Plot(("stop rank", "stop rank at a step", "hang stream", "slow rank", "slow rank")),
+    "paths": Plot(("break path", "break path", "cut data link", "stop rank at a step")),
+    # Ranks die while others come.
+    "joins": Plot(("kill rank", "kill rank", "kill rank at a step", "mask", "scale")),
+    # Whoever judges by time has slept.
+    "monitor": Plot(("stop monitor", "stop everything", "kill monitor", "kill rank")),
     # Routers die, stand still, and are replaced under load.
     "routers": Plot(("kill router", "stop router", "replace router", "replace router"), num_routers=2),
     # No prefill worker is left for a while: ranks compute prompts in their rounds, and die in the middle of them.

@@ -15,6 +15,8 @@ from benchmarks.failover_report import (
     verdict,
     window_figures,
 )
+from benchmarks.failover_routers import RouterFault
+from benchmarks.failover_routers import figures as router_figures
 
 
 def _record(id: str, times: list[float], logprobs: tuple[str, ...] = ("a", "b"), body: int = 0) -> dict[str, object]:
@@ -87,6 +89,18 @@ def test_a_run_is_perfect_only_when_every_stream_is_complete_and_equal() -> None
     assert is_perfect(verdict([_record("a", [0.0]), _record("b", [5.0])], expected))
     assert not is_perfect(verdict([_record("a", [0.0]), _record("b", [5.0], ("a", "c"))], expected))
     assert not is_perfect(verdict([{**_record("a", [0.0]), "error": "HTTP 503"}], expected))
+
+
+def test_streams_that_ended_with_their_router_must_begin_right_and_be_answered_when_asked_again() -> None:
+    expected = [{**_record("e.1", [0.0]), "sent": 0.0, "ended": 1.0}]
+    kill = RouterFault("kill", at=5.0, back_at=7.0, nonce="k")
+    broken = {**_record("k.1", [4.0, 4.5], ("a",)), "sent": 4.0, "ended": 5.0, "error": "ClientPayloadError"}
+    again = {**_record("o.1", [5.5, 6.0]), "sent": 5.0, "ended": 6.0}
+    figures = router_figures([broken, again], expected, [kill])
+    assert is_perfect(figures) and figures["first_token_of_the_second_ask_s max"] == 0.5
+    assert not is_perfect(router_figures([broken], expected, [kill])), "never asked again"
+    assert not is_perfect(router_figures([{**broken, "id": "o.2"}, again], expected, [kill])), "of another router"
+    assert not is_perfect(router_figures([{**broken, "logprobs": ["b"]}, again], expected, [kill])), "a wrong token"
 
 
 def test_stops_lie_between_kills_and_none_is_forgotten() -> None:
