@@ -1,9 +1,11 @@
 """Plain TCP streams that the kernel closes when their process dies (docs/architecture.md, processes).
 
     never seen --opened--> OPEN --last connection closed--> CLOSED --opened again--> OPEN
+                            |---last connection timed out--> never seen
 
 A closed lifeline is a suspicion only: a process that reconnects opens the next one within moments. Whoever never
-opened one to this monitor is not suspected at all.
+opened one to this monitor is not suspected at all, and neither is who has one that the network ended: the kernel of
+that process has said nothing, so its silence is judged by its heartbeats.
 """
 
 from common.ids import ProcessId
@@ -25,6 +27,13 @@ class Lifelines:
         connections.discard(connection)
         if not connections and self._open.pop(process, None) is not None:
             self._closed_at[process] = now
+
+    def on_timed_out(self, process: ProcessId, connection: int) -> None:
+        """Nothing answers at the other end, nor refuses."""
+        connections = self._open.get(process, set())
+        connections.discard(connection)
+        if not connections:
+            self._open.pop(process, None)
 
     def forget(self, process: ProcessId) -> None:
         self._open.pop(process, None)

@@ -168,6 +168,11 @@ class Monitor:
         self._lifelines.on_closed(process, connection, now)
         return self._settle(now)
 
+    def on_lifeline_timed_out(self, process: ProcessId, connection: int, now: float) -> list[Action]:
+        """The network ended it, not the kernel of that process."""
+        self._lifelines.on_timed_out(process, connection)
+        return self._settle(now)
+
     def on_fault(self, payload: bytes, now: float) -> list[Action]:
         """What somebody published on topic ``fault``."""
         if self.phase is Phase.ACTIVE:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import logging
 import os
@@ -29,6 +30,8 @@ from common.transport import Endpoint, listen, open_context
 from services.monitor.actions import Action, Emit, Exit, Publish, Send
 from services.monitor.monitor import Monitor
 
+# What a connection ends with whose packets nobody answers.
+_NETWORK_ERRORS = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
 _LIFELINE_NAME_S = 5.0
 _MAX_NAME_BYTES = 512
 _HIGH_WATER_MARK = 100_000
@@ -199,9 +202,13 @@ class MonitorService:
         if process is None:
             return
         self._perform(self._monitor.on_lifeline_opened(process, connection, time.monotonic()))
-        with contextlib.suppress(OSError):
+        try:
             while await reader.read(4096):
                 pass
+        except OSError as error:
+            if error.errno in _NETWORK_ERRORS:
+                self._perform(self._monitor.on_lifeline_timed_out(process, connection, time.monotonic()))
+                return
         self._perform(self._monitor.on_lifeline_closed(process, connection, time.monotonic()))
         # The suspicion ends between two ticks: look at it then, not at the next one.
         loop = asyncio.get_running_loop()

@@ -99,6 +99,8 @@ MUTANTS = (
                 "        self._counter.heard(prepared.view.epoch)\n",
             ),
         ),
+        seed=7,
+        plot="joins",
     ),
     Mutant(
         "no-term-after-a-restart",
@@ -169,6 +171,8 @@ MUTANTS = (
             ),
         ),
         by_test="tests/unit/monitor/test_void_rounds.py",
+        seed=16,
+        plot="stops",
     ),
     Mutant(
         "experts-not-loaded-on-a-switch-in-band",
@@ -270,8 +274,7 @@ MUTANTS = (
                 "return tuple(",
             ),
         ),
-        seed=1,
-        plot="paths",
+        seed=29,
     ),
     Mutant(
         "versions-of-the-directory-begin-anew",

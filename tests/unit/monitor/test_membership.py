@@ -231,6 +231,22 @@ def test_a_rank_that_leaves_by_itself_is_out_and_may_come_again() -> None:
     assert driver.view is not None and driver.view.members[1].heap.endswith(".1"), "its new heap"
 
 
+def test_a_lifeline_that_the_network_ended_is_no_sign_of_death() -> None:
+    """Its heartbeats are: a rank whose link is whole again within their time stays."""
+    driver = Driver()
+    puppets = driver.form()
+    connection = driver.open_lifeline(puppets[1])
+    driver.close_lifeline(puppets[1])
+    driver.perform(driver.monitor.on_lifeline_timed_out(puppets[1].process, connection, driver.now))
+    driver.advance(1.0)
+    assert driver.ranks == [0, 1, 2]
+    puppets[1].is_beating = puppets[0].is_beating = False
+    driver.perform(driver.monitor.on_lifeline_timed_out(puppets[0].process, 1, driver.now))
+    driver.advance(2 * CONFIG.monitor.heartbeat_timeout_s + 0.5)
+    assert driver.ranks == [2]
+    assert [puppet.process for puppet in puppets[:2] if puppet.process in driver.monitor.table.gone] == []
+
+
 def test_words_for_another_process_are_not_heard() -> None:
     """Over a connection that is not that process's own."""
     driver = Driver()
