@@ -45,7 +45,7 @@ def main() -> None:
     for name, rows in tables.items():
         lines += ["", f"## {_TITLES[name]}", "", *_table(rows)]
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    args.out.joinpath("planner_frontier.svg").write_text(frontier_picture(tables["frontier"]))
+    args.out.joinpath(f"planner_frontier_{source['date']}.svg").write_text(frontier_picture(tables["frontier"]))
     print("\n".join(lines))
 
 
