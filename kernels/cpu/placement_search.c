@@ -1,4 +1,4 @@
-#include "vec16.h"
+#include "least.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -9,6 +9,8 @@
  * Legend: R ranks, S slots of the largest, P = R x S slots, E experts (index E: EMPTY), H hosts (0: one), Q slots and
  * K experts considered for a replace, M light ranks considered for a swap.
  */
+
+enum { MAX_LIGHT = 6 };
 
 struct dims {
     int64_t L, R, S, E, H, Q, K, M, max_steps;
@@ -21,7 +23,7 @@ struct layer {
     double price;
     int64_t *held_P, cost;
     double *load_E, *counts_E, *more_E, *relief_E, *harm_E, *share_E, *rise_E; /* E + 1 */
-    double *slot_share_P, *harm_P, *left_P, *rest_P, *least_P;
+    double *slot_share_P, *harm_P, *left_P, *rest_P, *least_P, *count_P, *lost_P;
     double *load_R, *cost_R;
     int64_t *num_hosts_E, *on_host_HE;
     uint8_t *is_held_RE;
@@ -95,6 +97,28 @@ static void changes(
         change[k] = power8(left + more[k]) + least_left + hope[k];
 }
 
+/* What it costs that the copy in a slot goes; infinite for the only one. */
+static void losses(
+    int64_t size, double price, const double *restrict count, const double *restrict rest, const double *restrict left,
+    const double *restrict lost, double *restrict least)
+{
+    for (int64_t p = 0; p < size; p++) {
+        double cost = rest[p] + power8(left[p]) + price * lost[p];
+        least[p] = count[p] > 1.5 ? cost : INFINITY;
+    }
+}
+
+/* Of the cost of two ranks, when the heavy one gives `given` and takes one of the others. */
+static void swaps(
+    int64_t size, double given, double heavy, double light, double both, const double *restrict taken,
+    double *restrict change)
+{
+    for (int64_t n = 0; n < size; n++) {
+        double moved = given - taken[n];
+        change[n] = power8(heavy - moved) + power8(moved + light) - both;
+    }
+}
+
 static void weigh(struct layer *y)
 {
     const struct dims *d = y->d;
@@ -145,13 +169,17 @@ static struct move best_replace(struct layer *y)
     const int64_t width = d->E + 1;
     struct move best = {INFINITY, 0, 0};
     for (int64_t p = 0; p < d->R * d->S; p++) {
-        int64_t e = y->held_P[p];
-        double lost = e != d->E && y->counts_E[e] == 2.0 ? 1.0 : 0.0;
-        if (d->H && y->num_hosts_E[e] == 2 && y->on_host_HE[y->host_R[p / d->S] * width + e] == 1)
-            lost += 1.0;
-        int can_go = y->counts_E[e] > 1.5 && y->exists_P[p];
-        y->least_P[p] = can_go ? y->rest_P[p] + power8(y->left_P[p]) + y->price * lost : INFINITY;
+        int64_t e = y->held_P[p]; /* an empty slot has nothing to lose */
+        y->count_P[p] = y->exists_P[p] ? (e == d->E ? 3.0 : y->counts_E[e]) : 0.0;
+        y->lost_P[p] = y->count_P[p] == 2.0 ? 1.0 : 0.0;
     }
+    for (int64_t r = 0; d->H && r < d->R; r++)
+        for (int64_t p = r * d->S; p < (r + 1) * d->S; p++) {
+            int64_t e = y->held_P[p];
+            if (y->num_hosts_E[e] == 2 && y->on_host_HE[y->host_R[r] * width + e] == 1)
+                y->lost_P[p] += 1.0;
+        }
+    losses(d->R * d->S, y->price, y->count_P, y->rest_P, y->left_P, y->lost_P, y->least_P);
     smallest(y->least_P, d->R * d->S, d->Q, y->value_Q, y->slot_Q);
     double *hope_E = y->relief_E;
     for (int64_t e = 0; e < d->E; e++)
@@ -168,7 +196,8 @@ static struct move best_replace(struct layer *y)
             if (y->num_hosts_E[e] == 1 && y->on_host_HE[y->host_R[rank] * width + e] == 0)
                 y->change_K[k] -= y->price;
         }
-        for (int64_t k = 0; k < d->K; k++)
+        int is_better = y->change_K[first_least(y->change_K, d->K)] < best.change;
+        for (int64_t k = 0; is_better && k < d->K; k++)
             if (y->change_K[k] < best.change && !y->is_held_RE[rank * width + y->expert_K[k]])
                 best = (struct move){y->change_K[k], p, y->expert_K[k]};
     }
@@ -200,29 +229,35 @@ static struct move best_swap(struct layer *y)
         smallest(y->left_P, d->R, d->M, y->value_Q, y->light_M + d->M);
         num_light *= 2;
     }
+    int64_t to_MS[MAX_LIGHT * d->S], num_M[MAX_LIGHT];
+    double share_MS[MAX_LIGHT * d->S], change_S[d->S];
+    for (int64_t m = 0; m < num_light; m++) {
+        int64_t light = y->light_M[m], found = 0;
+        for (int64_t to = light * d->S; light != heavy && to < (light + 1) * d->S; to++)
+            if (y->exists_P[to] && !y->is_held_RE[heavy * width + y->held_P[to]]) {
+                to_MS[m * d->S + found] = to;
+                share_MS[m * d->S + found++] = y->slot_share_P[to];
+            }
+        num_M[m] = found;
+    }
     for (int64_t s = 0; s < d->S; s++)
         for (int64_t m = 0; m < num_light; m++) {
-            int64_t light = y->light_M[m], from = heavy * d->S + s, given = y->held_P[from];
-            if (light == heavy || !y->exists_P[from] || y->is_held_RE[light * width + given])
+            int64_t light = y->light_M[m], from = heavy * d->S + s, given = y->held_P[from], *to_S = to_MS + m * d->S;
+            if (!num_M[m] || !y->exists_P[from] || y->is_held_RE[light * width + given])
                 continue;
-            int elsewhere = d->H && y->host_R[light] != y->host_R[heavy];
-            int64_t given_change = elsewhere ? moved_deficit(y, given, y->host_R[heavy], y->host_R[light]) : 0;
             double both = y->cost_R[light] + y->cost_R[heavy];
-            for (int64_t to = light * d->S; to < (light + 1) * d->S; to++) {
-                int64_t taken = y->held_P[to];
-                if (!y->exists_P[to] || y->is_held_RE[heavy * width + taken])
-                    continue;
-                double moved = y->slot_share_P[from] - y->slot_share_P[to];
-                double change = power8(y->load_R[heavy] - moved);
-                change += power8(moved + y->load_R[light]);
-                change -= both;
-                if (d->H && y->price != 0.0) {
-                    int64_t taken_change = elsewhere ? moved_deficit(y, taken, y->host_R[light], y->host_R[heavy]) : 0;
-                    change += y->price * (double)(given_change + taken_change);
+            swaps(num_M[m], y->slot_share_P[from], y->load_R[heavy], y->load_R[light], both, share_MS + m * d->S, change_S);
+            if (d->H && y->price != 0.0 && y->host_R[light] != y->host_R[heavy]) {
+                int64_t given_change = moved_deficit(y, given, y->host_R[heavy], y->host_R[light]);
+                for (int64_t n = 0; n < num_M[m]; n++) {
+                    int64_t taken = y->held_P[to_S[n]];
+                    int64_t taken_change = moved_deficit(y, taken, y->host_R[light], y->host_R[heavy]);
+                    change_S[n] += y->price * (double)(given_change + taken_change);
                 }
-                if (change < best.change)
-                    best = (struct move){change, from, to};
             }
+            for (int64_t n = 0; n < num_M[m]; n++)
+                if (change_S[n] < best.change)
+                    best = (struct move){change_S[n], from, to_S[n]};
         }
     return best;
 }
@@ -311,17 +346,17 @@ EXPORT void regrow_placement_search(
     memcpy(&d, dims_9, sizeof d);
     const int64_t E = d.E + 1, P = d.R * d.S, longest = d.Q + d.K + 2 * d.M;
     /* In words of eight bytes; the flags last. */
-    const int64_t words = 7 * E + 5 * P + 2 * d.R + E + d.H * E + 2 * longest + 2 * d.K;
+    const int64_t words = 7 * E + 7 * P + 2 * d.R + E + d.H * E + 2 * longest + 2 * d.K;
     double *memory = malloc((size_t)words * 8 + (size_t)(d.R * E));
     *failed = memory == NULL;
     if (*failed)
         return;
     struct layer y = {.d = &d, .host_R = host_R, .exists_P = exists_P, .price = *price};
     double *next = memory, **rows_E[] = {&y.load_E, &y.counts_E, &y.more_E, &y.relief_E, &y.harm_E, &y.share_E, &y.rise_E};
-    double **rows_P[] = {&y.slot_share_P, &y.harm_P, &y.left_P, &y.rest_P, &y.least_P};
+    double **rows_P[] = {&y.slot_share_P, &y.harm_P, &y.left_P, &y.rest_P, &y.least_P, &y.count_P, &y.lost_P};
     for (int i = 0; i < 7; i++, next += E)
         *rows_E[i] = next;
-    for (int i = 0; i < 5; i++, next += P)
+    for (int i = 0; i < 7; i++, next += P)
         *rows_P[i] = next;
     y.load_R = next, next += d.R;
     y.cost_R = next, next += d.R;

@@ -16,6 +16,9 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
 
+_MAX_LIGHT = 3  # the C source has room for twice as many, once on any host and once on the heaviest rank's
+
+
 @dataclass(frozen=True, slots=True)
 class SearchLimits:
     """Slots, experts and light ranks that a step considers; steps; and what an expert covered is worth."""
@@ -54,6 +57,7 @@ def search(
     _check(not held_LP.size or (held_LP.min() >= 0 and held_LP.max() <= num_experts))
     num_hosts, steps = int(host_R.max()) + 1, limits.max_steps
     sizes = limits.num_slots, limits.num_experts, limits.num_light, steps
+    _check(sizes[2] <= _MAX_LIGHT)
     _check(min(sizes) >= 0 and sizes[0] <= num_slots and sizes[1] <= num_experts and sizes[2] <= num_ranks)
     width = num_slots // num_ranks
     dims = _ints([num_layers, num_ranks, width, num_experts, num_hosts if num_hosts > 1 else 0, *sizes])
