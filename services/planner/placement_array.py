@@ -70,8 +70,8 @@ def num_gained(before_LRS: IntArray, after_LRS: IntArray, num_logical_experts: i
 
 def moves_between(before_LRS: IntArray, after_LRS: IntArray) -> IntArray:
     """[N, 4] layer, rank, local, logical expert of the slots to load, ascending. Equal rows must keep their slots."""
-    changed = (before_LRS != after_LRS) & (after_LRS != EMPTY)
-    return np.concatenate([np.argwhere(changed), after_LRS[changed][:, None]], axis=1)
+    changed = np.nonzero((before_LRS != after_LRS) & (after_LRS != EMPTY))
+    return np.stack([*changed, after_LRS[changed]], axis=1)
 
 
 def num_orphans_of_single_losses(

@@ -114,6 +114,8 @@ def _check(current_LRS: IntArray, num_layers: int, num_experts: int, num_ranks: 
 def _fitted(placement_LRS: IntArray, shape: ClusterShape, num_experts: int) -> IntArray:
     """Without what stands in slots that are no longer there, and without second copies on one rank."""
     fitted = np.where(shape.exists_RS(), placement_LRS, EMPTY)
+    if fitted.max() == EMPTY:
+        return fitted
     order = np.argsort(fitted, axis=2, kind="stable")
     ordered = np.take_along_axis(fitted, order, axis=2)
     is_second = np.zeros_like(ordered, dtype=np.bool_)
@@ -125,7 +127,8 @@ def _fitted(placement_LRS: IntArray, shape: ClusterShape, num_experts: int) -> I
 def _moves(before_LRS: IntArray, after_LRS: IntArray, ranks: IntArray, num_experts: int) -> IntArray:
     had_none_LE = num_copies(before_LRS, num_experts) == 0
     moves_N4 = moves_between(before_LRS, after_LRS)
-    moves_N4 = moves_N4[np.argsort(~had_none_LE[moves_N4[:, 0], moves_N4[:, 3]], kind="stable")]
+    if had_none_LE.any() and not had_none_LE.all():
+        moves_N4 = moves_N4[np.argsort(~had_none_LE[moves_N4[:, 0], moves_N4[:, 3]], kind="stable")]
     moves_N4[:, 1] = ranks[moves_N4[:, 1]]
     return moves_N4
 
