@@ -23,6 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from benchmarks.provenance import provenance
 from services.cli.chat_client import Stream
 from services.cli.run_directory import monitor_address
 from tests.chaos.injector import Injector
@@ -165,8 +166,8 @@ def new_tally(cluster: Cluster) -> Tally:
     return Tally(Injector(cluster, (NUM_RANKS, NUM_PREFILL)))
 
 
-def run_seed(seed: int, seconds: float) -> bool:
-    """Whether all was well."""
+def run_seed(seed: int, seconds: float) -> tuple[bool, list[str]]:
+    """Whether all was well, and what there is to say of it."""
     with tempfile.TemporaryDirectory(prefix="regrow-chaos-") as directory:
         cluster, failure = Cluster(Path(directory).resolve() / "run", *CLUSTER_OPTIONS, config=CONFIG), ""
         try:
@@ -178,13 +179,13 @@ def run_seed(seed: int, seconds: float) -> bool:
                 failure = f"seed {seed}: {error!r}"
             if failure or tally.wrong:
                 print("\n".join(["story:", *tally.injector.witness.story(), cluster.logs(4000)]))
-            print("\n".join(explain_gaps(cluster, tally)))
+            said = [failure, *tally.wrong, report(seed, tally), *explain_gaps(cluster, tally)]
         finally:
             cluster.stop()
-    print("\n".join(filter(None, [failure, *tally.wrong, report(seed, tally)])), flush=True)
+    print("\n".join(filter(None, said)), flush=True)
     if failure or tally.wrong:
         print(f"again: python -m tests.chaos.run --seed {seed} --seconds {seconds:g}", flush=True)
-    return not failure and not tally.wrong
+    return not failure and not tally.wrong, list(filter(None, said))
 
 
 def explain_gaps(cluster: Cluster, tally: Tally) -> list[str]:
@@ -206,9 +207,17 @@ def main() -> int:
         "--seeds", type=int, default=1, help="so many, from --seed on, each against a cluster of its own"
     )
     parser.add_argument("--seconds", type=float, default=120.0, help="for each seed")
+    parser.add_argument("--output", type=Path, metavar="FILE.md", help="keep what was found")
     arguments = parser.parse_args()
-    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
-    return 0 if all([run_seed(seed, arguments.seconds) for seed in seeds]) else 1
+    origin, is_well, found = provenance(), True, []
+    for seed in range(arguments.seed, arguments.seed + arguments.seeds):
+        is_well_too, said = run_seed(seed, arguments.seconds)
+        is_well = is_well and is_well_too
+        found += ["", said[0], "", "```", *said[1:], "```"] if said[1:] else ["", *said]
+    if arguments.output:
+        text = [f"- {key.replace('_', ' ')}: {value}" for key, value in origin.items()]
+        arguments.output.write_text("\n".join(["# Chaos", "", *text, *found, ""]))
+    return 0 if is_well else 1
 
 
 if __name__ == "__main__":

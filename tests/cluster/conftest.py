@@ -35,7 +35,6 @@ def faults_table() -> Iterator[None]:
     yield
     path = os.environ.get("REGROW_FAULTS_TABLE")
     if path and fault_runs.ROWS:
-        origin = "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in provenance().items())
-        fault_runs.write_table(
-            Path(path), f"# Faults against real processes\n\n{origin}\n- command: make test-faults\n"
-        )
+        origin = provenance() | {"command": "make test-faults"}
+        text = "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in origin.items())
+        fault_runs.write_table(Path(path), f"# Faults against real processes\n\n{text}\n")
