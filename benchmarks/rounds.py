@@ -23,7 +23,7 @@ from common.config import DecodeConfig, ReplicaPolicy
 from common.messages import Sampling
 from common.model.checkpoint import Checkpoint
 from common.model.model import Batch, Model
-from common.model.token_choice import choose
+from common.model.token_choice import Choosing, choose_rows
 from common.pace import Pace
 from common.placement import initial_placement, num_local_experts
 from common.replica_choice import ReplicaChoice
@@ -88,8 +88,7 @@ def run_rank(
             return False
         positions = np.full(count, position, dtype=np.int64)
         logits = model.forward(Batch(tokens, positions, index, tables, index)).numpy()
-        for stream in range(count):
-            tokens[stream] = choose(logits[stream], sampling[stream], (), outputs).token
+        tokens[:] = [choice.token for choice in choose_rows(logits, [Choosing(one, (), outputs) for one in sampling])]
         return True
 
     for position in range(_PROMPT):

@@ -42,10 +42,15 @@ class ReplicaChoice:
         policy: ReplicaPolicy = ReplicaPolicy.LOCAL_FIRST,
         avoid: int | None = None,
     ) -> None:
-        self._tables = []
+        self._tables: list[tuple[IntArray, IntArray]] = []
+        self._only: list[tuple[IntArray, IntArray] | None] = []  # by expert, in layers where no hash makes a difference
         for rows in physical_to_logical:
             copies = _Copies.live(rows, members, num_logical_experts).where(lambda copies: copies.rank_N != avoid)
-            self._tables.append(_replica_table(_preferred(copies, sorted(members), own_rank, policy)))
+            tables = _replica_table(_preferred(copies, sorted(members), own_rank, policy))
+            self._tables.append(tables)
+            rank_EC, local_EC = (table.reshape(-1, _NUM_COLUMNS) for table in tables)
+            is_one = (rank_EC == rank_EC[:, :1]).all() and (local_EC == local_EC[:, :1]).all()
+            self._only.append((rank_EC[:, 0].copy(), local_EC[:, 0].copy()) if is_one else None)
 
     def choose(
         self, layer: int, logical_TK: npt.NDArray[np.integer], hash_T: npt.NDArray[np.integer]
@@ -54,6 +59,8 @@ class ReplicaChoice:
 
         ``hash_T`` spreads tokens over copies; its low six bits must be well mixed, positions or counters are.
         """
+        if (only := self._only[layer]) is not None:
+            return only[0].take(logical_TK), only[1].take(logical_TK)
         rank_table, local_table = self._tables[layer]
         index_TK = logical_TK * _NUM_COLUMNS + (hash_T & (_NUM_COLUMNS - 1))[:, None]
         return rank_table.take(index_TK), local_table.take(index_TK)

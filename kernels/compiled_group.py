@@ -40,6 +40,10 @@ class CompiledGroup(ElasticGroup):
         outbox = self._tokens.outbox
         self._compiled = CompiledExchange(layout, rank, self._masked_W, self._routable_W, outbox, self._load_WL)
         self._compiled.heap_W[rank] = self._own.address
+        self._numbers_5N, self._weight_N = (
+            torch.from_numpy(self._compiled.numbers_5N),
+            torch.from_numpy(self._compiled.weight_N),
+        )
         self._muted_W = np.zeros_like(self._compiled.heap_W)
         self._is_muted = False
         self._wait = CompiledWait(rank, self._own.poison, self._bell, time.monotonic, self._compiled)
@@ -79,17 +83,9 @@ class CompiledGroup(ElasticGroup):
         compiled.set_members(self.members)
         num = compiled.read()
         assert self._x_SH is not None
-        return Received(
-            step,
-            tuple(compiled.num_rows_W.tolist()),
-            self._x_SH,
-            torch.from_numpy(compiled.row_N[:num]),
-            torch.from_numpy(compiled.source_N[:num]),
-            torch.from_numpy(compiled.token_N[:num]),
-            torch.from_numpy(compiled.k_N[:num]),
-            torch.from_numpy(compiled.local_N[:num]),
-            torch.from_numpy(compiled.weight_N[:num]),
-        )
+        row_N, source_N, token_N, k_N, local_N = self._numbers_5N[:, :num].unbind(0)
+        num_rows_W, weight_N = tuple(compiled.num_rows_W.tolist()), self._weight_N[:num]
+        return Received(step, num_rows_W, self._x_SH, row_N, source_N, token_N, k_N, local_N, weight_N)
 
     def _return_rows(self, expert_rows_NH: torch.Tensor, received: Received, ordered: bool) -> None:
         if not ordered:
@@ -126,4 +122,5 @@ _NO_RANKS: npt.NDArray[np.int64] = np.empty(0, np.int64)
 
 
 def _int64(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.int64).contiguous()
+    is_ready = tensor.dtype is torch.int64 and tensor.is_contiguous()
+    return tensor if is_ready else tensor.to(torch.int64).contiguous()

@@ -100,6 +100,7 @@ class ElasticGroup(EpochState):
         step = self._next_step()
         if self._announced is None or self._announced[0] != step:
             self._write_header(step, self._num_headers, self.members, data)
+            self._ring()
         elif self._announced[1] != data:
             raise ValueError(f"the first header of epoch {self.epoch} differs from the one announced")
         bank = header_bank(self.epoch, self._num_headers)
@@ -134,6 +135,8 @@ class ElasticGroup(EpochState):
             raise ValueError(f"cannot announce to ranks whose heaps are not mapped here: {unmapped}")
         data = self._header_data(header_words, digest)
         self._write_header(step, 0, [*member_ranks, self.rank], data)
+        if self._rings:
+            self._bell.ring(member_ranks)
         self._announced = (step, data)
 
     def sees_announcement(self, epoch: int, rank: int) -> bool:
@@ -279,8 +282,6 @@ class ElasticGroup(EpochState):
         for window in self._windows.of(members):
             window.header_data[bank, self.rank] = row
             window.header_word[bank][self.rank] = step
-        if self._rings:
-            self._bell.ring(members)
 
     # The inner loops, all but the words. `compiled_group` has the same in C.
 

@@ -6,6 +6,7 @@ whose parent was killed is found too; they are killed, so that one leak fails on
 """
 
 import asyncio
+import contextlib
 import gc
 import inspect
 import os
@@ -52,8 +53,9 @@ def child_processes() -> dict[int, str]:
     """pid -> command of the direct children, zombies included: who starts a process reaps it."""
     children: dict[int, str] = {}
     for listing in _PROC.glob("self/task/*/children"):
-        for pid in map(int, listing.read_text().split()):
-            children[pid] = command_of(pid)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            for pid in map(int, listing.read_text().split()):
+                children[pid] = command_of(pid)
     # The standard library keeps this one for the life of the process, and has no public way to stop it.
     return {pid: command for pid, command in children.items() if "multiprocessing.resource_tracker" not in command}
 

@@ -4,8 +4,11 @@ No generator state exists, so nothing can be lost: a request that goes on elsewh
 number of (seed, output index) is a SplitMix64 hash (Steele, Lea, Flood, OOPSLA 2014). Sums run in fp64 over one row
 in a fixed order, so the result does not depend on a batch. numpy only.
 
-Legend: V vocabulary.
+Legend: R rows, V vocabulary.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,17 +34,37 @@ def sample(
     (64 bits count); output_index is 0 for a request's first output token. The log-probability is that of the
     unfiltered distribution at temperature 1. Raises ValueError when the logits are not finite.
     """
-    logits = logits_V.astype(np.float64)
-    greedy = int(logits.argmax())
-    top = logits[greedy]
-    if not np.isfinite(top):
+    want = Draw(temperature, top_p, top_k, min_p, seed, output_index)
+    return sample_rows(logits_V[None], [want])[0]
+
+
+class Draw(NamedTuple):
+    """How one row is sampled: see `sample`."""
+
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    output_index: int = 0
+
+
+def sample_rows(logits_RV: npt.NDArray[np.float32], draws: Sequence[Draw]) -> list[tuple[int, float]]:
+    """`sample` of each row, which has the same bits whatever rows stand beside it."""
+    logits = logits_RV.astype(np.float64)
+    greedy_R = logits.argmax(axis=1)
+    top_R = logits[np.arange(len(logits)), greedy_R]
+    if not np.isfinite(top_R).all():
         raise ValueError("logits of a row are not finite; the weights or the KV cache are damaged")
-    shifted = logits - top
-    log_total = float(np.log(np.exp(shifted).sum()))
-    token = greedy
-    if temperature > 0:
-        token = _draw(shifted / temperature, top_p, top_k, min_p, uniform(seed, output_index))
-    return token, float(shifted[token]) - log_total
+    shifted_RV = logits - top_R[:, None]
+    total_R = np.exp(shifted_RV).sum(axis=1)
+    chosen = []
+    for shifted, total, token, draw in zip(shifted_RV, total_R, greedy_R.tolist(), draws, strict=True):
+        if draw.temperature > 0:
+            number = uniform(draw.seed, draw.output_index)
+            token = _draw(shifted / draw.temperature, draw.top_p, draw.top_k, draw.min_p, number)
+        chosen.append((token, float(shifted[token]) - float(np.log(total))))
+    return chosen
 
 
 def uniform(seed: int, index: int) -> float:

@@ -6,7 +6,7 @@ frequency and presence penalties; then `sampling` (temperature, min_p, top_k, to
 repetition looks at prompt and outputs, the other two at the outputs alone. Reported log-probabilities are those of
 the model, before any of this. numpy only.
 
-Legend: V vocabulary.
+Legend: R rows, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.messages import Sampling, TopLogprobs
-from common.model.sampling import sample
+from common.model.sampling import Draw, sample_rows
 
 
 class TokenChoice(NamedTuple):
@@ -27,24 +27,47 @@ class TokenChoice(NamedTuple):
     top: TopLogprobs = ()
 
 
+class Choosing(NamedTuple):
+    """What one row is for: output number ``len(outputs)`` of a request."""
+
+    sampling: Sampling
+    prompt: Sequence[int]
+    outputs: Sequence[int]
+
+
 def choose(
     logits_V: npt.NDArray[np.float32], sampling: Sampling, prompt: Sequence[int], outputs: Sequence[int]
 ) -> TokenChoice:
     """Output number ``len(outputs)``. Raises ValueError when the logits are not finite."""
-    adjusted_V = adjust(logits_V, sampling, prompt, outputs)
-    token, logprob = sample(
-        adjusted_V,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        seed=sampling.seed,
-        output_index=len(outputs),
-    )
-    if adjusted_V is logits_V and not sampling.num_top_logprobs:
-        return TokenChoice(token, logprob)
-    logprob, top = token_logprobs(logits_V, token, sampling.num_top_logprobs)
-    return TokenChoice(token, logprob, top)
+    return choose_rows(logits_V[None], [Choosing(sampling, prompt, outputs)])[0]
+
+
+def choose_rows(logits_RV: npt.NDArray[np.float32], rows: Sequence[Choosing]) -> list[TokenChoice]:
+    """`choose` of each row, all in one pass; a row has the same bits whatever rows stand beside it."""
+    adjusted = {}
+    for number, (row, logits_V) in enumerate(zip(rows, logits_RV, strict=True)):
+        if (adjusted_V := adjust(logits_V, *row)) is not logits_V:
+            adjusted[number] = adjusted_V
+    drawn_RV = logits_RV
+    if adjusted:
+        drawn_RV = logits_RV.copy()
+        for number, adjusted_V in adjusted.items():
+            drawn_RV[number] = adjusted_V
+    choices = []
+    for number, (row, (token, logprob)) in enumerate(
+        zip(rows, sample_rows(drawn_RV, [_draw_of(row) for row in rows]), strict=True)
+    ):
+        num_top = row.sampling.num_top_logprobs
+        if number in adjusted or num_top:
+            choices.append(TokenChoice(token, *token_logprobs(logits_RV[number], token, num_top)))
+        else:
+            choices.append(TokenChoice(token, logprob))
+    return choices
+
+
+def _draw_of(row: Choosing) -> Draw:
+    sampling = row.sampling
+    return Draw(sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, sampling.seed, len(row.outputs))
 
 
 def adjust(

@@ -73,7 +73,8 @@ class CompiledExchange:
         most = num_slots * ep.top_k
         self.heap_W = np.zeros(ep.max_ranks, np.int64)  # addresses
         self.num_rows_W = np.zeros(ep.max_ranks, np.int64)
-        self.row_N, self.source_N, self.token_N, self.k_N, self.local_N = (np.zeros(most, np.int64) for _ in range(5))
+        self.numbers_5N = np.zeros((5, most), np.int64)  # row, source, token, k, local expert
+        self.row_N, self.source_N, self.token_N, self.k_N, self.local_N = self.numbers_5N
         self.weight_N = np.zeros(most, np.float32)
         self.is_missing_W = np.zeros(ep.max_ranks, np.uint8)
         self.waited_ns_W = np.zeros(ep.max_ranks, np.int64)

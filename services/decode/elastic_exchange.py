@@ -36,13 +36,13 @@ class ElasticExchange:
         self._group: ElasticGroup | None = None
         self._choice: ReplicaChoice | None = None
         self._num_sent = 0
-        self._has_orphans = False
+        self.has_orphans = False
         self._missed_T: npt.NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
         self.num_operations = 0
         self.load = LoadCounts(len(moe_layers), num_logical_experts)
 
     def enter(self, group: ElasticGroup, choice: ReplicaChoice, has_orphans: bool = False) -> None:
-        self._group, self._choice, self._has_orphans = group, choice, has_orphans
+        self._group, self._choice, self.has_orphans = group, choice, has_orphans
         self.load.on_epoch()
 
     def begin(self, num_tokens: int) -> npt.NDArray[np.bool_]:
@@ -61,7 +61,7 @@ class ElasticExchange:
         hash_T = np.arange(self._num_sent, self._num_sent + len(logical_TK))
         self._num_sent += len(logical_TK)
         rank_TK, local_TK = self._choice.choose(moe_layer, logical_TK, hash_T)
-        if self._has_orphans:
+        if self.has_orphans:
             self._missed_T |= (rank_TK < 0).any(axis=1)
         self._pace.pause()
         received = group.dispatch(x_TH, _tensor(rank_TK), _tensor(local_TK), topk_weight_TK)

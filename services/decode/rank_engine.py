@@ -7,7 +7,7 @@ Legend: L layers, N tokens of a request, C floats of a cache row.
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +16,12 @@ import torch
 
 from common.config import ClusterConfig
 from common.ids import ProcessId, Rank
-from common.messages import Placement, View
+from common.messages import Placement, TopLogprobs, View
 from common.model.checkpoint import Checkpoint, LoadProgress
 from common.model.experts import VoidRound
 from common.model.kv_cache import write_kv
 from common.model.model import Batch, Model
-from common.model.token_choice import choose, prompt_logprobs
+from common.model.token_choice import Choosing, TokenChoice, choose_rows, prompt_logprobs
 from common.pace import Pace
 from common.placement import PhysicalToLogical, num_local_experts
 from common.replica_choice import ReplicaChoice
@@ -234,11 +234,15 @@ class RankEngine:
             logits_SV = self._model.forward(_batch(steps)).numpy()
         except VoidRound:
             return None
+        choices = _choices(steps, logits_SV)
         outputs, row, token = [], 0, 0
         for step in steps:
             num_rows, num_tokens = _num_logits(step), len(step.token_ids)
-            missed = bool(missed_T[token : token + num_tokens].any())
-            outputs.append(_computed(step, logits_SV[row : row + num_rows], missed))
+            missed = self._exchange.has_orphans and bool(missed_T[token : token + num_tokens].any())
+            judged: Sequence[tuple[float, TopLogprobs]] = ()
+            if step.judges_prompt:
+                judged = prompt_logprobs(logits_SV[row : row + num_rows], step.sampling, step.prompt, step.position)
+            outputs.append(Computed(next(choices) if step.samples else None, tuple(judged), missed))
             row, token = row + num_rows, token + num_tokens
         # Read once, at the end: clean now means that all which this round has received was complete (PROTOCOL 2.4).
         return outputs if self._open_group().status == CLEAN else None
@@ -271,10 +275,13 @@ def _num_logits(step: Step) -> int:
     return len(step.token_ids) if step.judges_prompt else int(step.samples)
 
 
-def _computed(step: Step, logits_SV: npt.NDArray[np.float32], missed_experts: bool) -> Computed:
-    judged = prompt_logprobs(logits_SV, step.sampling, step.prompt, step.position) if step.judges_prompt else ()
-    choice = choose(logits_SV[-1], step.sampling, step.prompt, step.outputs) if step.samples else None
-    return Computed(choice, tuple(judged), missed_experts)
+def _choices(steps: Sequence[Step], logits_SV: npt.NDArray[np.float32]) -> Iterator[TokenChoice]:
+    """Of the steps that sample, in order."""
+    rows = [Choosing(step.sampling, step.prompt, step.outputs) for step in steps if step.samples]
+    if len(rows) == len(logits_SV):
+        return iter(choose_rows(logits_SV, rows) if rows else ())
+    last_S = np.cumsum([_num_logits(step) for step in steps]) - 1
+    return iter(choose_rows(logits_SV[[last for last, step in zip(last_S, steps, strict=True) if step.samples]], rows))
 
 
 def _batch(steps: Sequence[Step]) -> Batch:

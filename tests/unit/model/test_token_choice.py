@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from common.messages import Sampling
 from common.model.sampling import sample
-from common.model.token_choice import adjust, choose, token_logprobs
+from common.model.token_choice import Choosing, adjust, choose, choose_rows, token_logprobs
 
 PLAIN = Sampling(temperature=1.0, top_p=1.0, top_k=0, seed=7, max_tokens=50)
 LOGITS = np.array([0.5, -1.0, 2.0, 0.25, -0.75, 1.5], dtype=np.float32)
@@ -117,3 +117,47 @@ def test_damaged_logits_are_still_noticed() -> None:
     for value in (math.nan, math.inf):
         with pytest.raises(ValueError, match="not finite"):
             choose(np.array([1.0, value], dtype=np.float32), _with(presence_penalty=1.0), (0,), (0,))
+
+
+@given(
+    st.integers(0, 1 << 30),
+    st.sampled_from([1, 3, 8, 31, 262, 1023, 5000]),
+    st.lists(
+        st.tuples(
+            st.sampled_from([0.0, 0.3, 1.0]),
+            st.sampled_from([1.0, 0.7]),
+            st.sampled_from([0, 3]),
+            st.sampled_from([0.0, 0.1]),
+            st.sampled_from([0, 2]),
+            st.sampled_from([0.0, 0.5]),
+        ),
+        min_size=1,
+        max_size=9,
+    ),
+)
+def test_a_row_has_the_same_bits_whoever_stands_beside_it(
+    seed: int, vocabulary: int, wanted: list[tuple[float, float, int, float, int, float]]
+) -> None:
+    generator = np.random.default_rng(seed)
+    logits_RV = (8 * generator.standard_normal((len(wanted), vocabulary))).astype(np.float32)
+    rows = [
+        Choosing(
+            _with(
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                min_p=min_p,
+                num_top_logprobs=top,
+                seed=seed + number,
+                presence_penalty=penalty,
+            ),
+            (0,),
+            (0,) * number,
+        )
+        for number, (temperature, top_p, top_k, min_p, top, penalty) in enumerate(wanted)
+    ]
+    together = choose_rows(logits_RV, rows)
+    assert together == [choose(logits_V.copy(), *row) for logits_V, row in zip(logits_RV, rows, strict=True)]
+    for logits_V, choice in zip(logits_RV, together, strict=True):
+        shifted = logits_V.astype(np.float64) - logits_V.max()
+        assert choice.logprob == float(shifted[choice.token]) - float(np.log(np.exp(shifted).sum()))
