@@ -32,6 +32,11 @@ class Pace:
         self.own_s += self._clock() - self._since
         self._since = None
 
+    def add(self, seconds: float) -> None:
+        """Own work that was done while paused."""
+        self.work_s += seconds
+        self.own_s += seconds
+
     def take(self) -> tuple[float, float]:
         """(own_s, work_s) since the last call, which begin anew."""
         taken = self.own_s, self.work_s

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.compiled_wait import CompiledWait
-from kernels.cpu.exchange import ROUTING_FINE, CompiledExchange
+from kernels.compiled_wait import FIRST_PART_NS, CompiledWait
+from kernels.cpu.exchange import LAYER_DONE, ROUTING_FINE, WAITS_FOR_ROWS, WAITS_FOR_TOKENS, CompiledExchange
+from kernels.cpu.experts import ExpertTable, expert_rows
 from kernels.elastic_mode import ElasticMode
 from kernels.heap_layout import HeapLayout
 from kernels.received import Received
@@ -55,6 +56,50 @@ class CompiledGroup(ElasticGroup):
     def unmap_peer(self, rank: int) -> None:
         super().unmap_peer(rank)
         self._compiled.heap_W[rank] = 0
+
+    @property
+    def has_link_fault(self) -> bool:
+        """Now: words are lost, and `run_experts` must not be used."""
+        fault = self._windows.fault
+        return fault is not None and (fault.is_mute() or fault.is_deaf())
+
+    def run_experts(
+        self,
+        x_TH: torch.Tensor,
+        rank_TK: torch.Tensor,
+        local_expert_TK: torch.Tensor,
+        weight_TK: torch.Tensor,
+        table: ExpertTable,
+    ) -> torch.Tensor | None:
+        """dispatch, the experts of ``table`` for what came, and the ordered combine: the same operations and words, in
+        one call of C when nobody is very late. ``num_served`` and ``own_s`` tell of the last one."""
+        step, compiled = self._publish_tokens(x_TH, rank_TK, local_expert_TK, weight_TK), self._compiled
+        if step is None:
+            return None
+        compiled.begin_wait(self._own.dispatch_wait, step, self._floor)
+        stage, out_TH = compiled.finish_layer(table, len(x_TH), FIRST_PART_NS)
+        if stage == WAITS_FOR_TOKENS:
+            if not self._await_words(self._own.dispatch_wait, step, self.deadline_s):
+                return None
+            received = self._read_tokens(step)
+            rows_NH = expert_rows(received.x_SH, received.row_N, received.local_expert_N, table)
+            return self.combine(rows_NH, received)
+        combine_step, self._combine_due = self._next_step(), 0
+        if stage == WAITS_FOR_ROWS and not self._await_words(self._own.combine_wait, combine_step, self.deadline_s):
+            return None
+        if self.members != self._sent_to:
+            self._tokens.note_masked(self._masked_W)
+        return out_TH if stage == LAYER_DONE and not self.renormalise else self._add_up(ordered=True)
+
+    @property
+    def num_served(self) -> int:
+        """Entries that this rank computed in the last layer."""
+        return self._compiled.num_entries
+
+    @property
+    def own_s(self) -> float:
+        """What `run_experts` did itself the last time, between and after its waits."""
+        return self._compiled.own_ns / 1e9
 
     def _check_routing(
         self, x_TH: torch.Tensor, rank_TK: torch.Tensor, local_expert_TK: torch.Tensor, weight_TK: torch.Tensor

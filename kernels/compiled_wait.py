@@ -10,7 +10,7 @@ from kernels.doorbell import Doorbell
 from kernels.heap_window import OwnWords
 from kernels.word_wait import LONGER_FOR_EACH, Clock, WaitEnd, WordWait
 
-_PART_NS = 4_000_000
+FIRST_PART_NS = _PART_NS = 4_000_000
 _ENDS = {
     exchange.COMPLETE: WaitEnd.COMPLETE,
     exchange.FUTURE_WORD: WaitEnd.FUTURE_WORD,

@@ -163,19 +163,10 @@ class ElasticGroup(EpochState):
         that rank, below 65536; weight_TK float32. T may differ between ranks and be 0. ValueError if a rank is no
         member: route to live copies only.
         """
-        rank = self._check_routing(x_TH, rank_TK, local_expert_TK, weight_TK)
-        if self.status == VOID:
+        step = self._publish_tokens(x_TH, rank_TK, local_expert_TK, weight_TK)
+        if step is None:
             return None
-        if self._num_headers == 0 or self._combine_due:
-            raise RuntimeError(
-                "dispatch out of order: an epoch begins with allgather, and each dispatch has its combine"
-            )
-        step = self._next_step()
-        self._send_tokens(x_TH, rank, local_expert_TK, weight_TK)
-        for window in self._windows.of(self.members):
-            window.dispatch_word[self.rank] = step
         self._ring()
-        self._combine_due, self._sent_to = step, self.members
         if not self._await_words(self._own.dispatch_wait, step, self.deadline_s):
             return None
         return self._read_tokens(step)
@@ -230,6 +221,24 @@ class ElasticGroup(EpochState):
             window.barrier_word[bank][self.rank] = step
         self._ring()
         return self._await_words(self._own.barrier_wait[bank], step, deadline_s)
+
+    def _publish_tokens(
+        self, x_TH: torch.Tensor, rank_TK: torch.Tensor, local_expert_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> int | None:
+        """The first half of a dispatch: its step, None when this rank is void."""
+        rank = self._check_routing(x_TH, rank_TK, local_expert_TK, weight_TK)
+        if self.status == VOID:
+            return None
+        if self._num_headers == 0 or self._combine_due:
+            raise RuntimeError(
+                "dispatch out of order: an epoch begins with allgather, and each dispatch has its combine"
+            )
+        step = self._next_step()
+        self._send_tokens(x_TH, rank, local_expert_TK, weight_TK)
+        for window in self._windows.of(self.members):
+            window.dispatch_word[self.rank] = step
+        self._combine_due, self._sent_to = step, self.members
+        return step
 
     def _check_shapes(
         self, x_TH: torch.Tensor, rank_TK: torch.Tensor, local_expert_TK: torch.Tensor, weight_TK: torch.Tensor

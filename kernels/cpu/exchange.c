@@ -22,7 +22,7 @@ enum { SLEEP_NS = 1000000 };
  * is not mapped are 0. Laid out as in compiled_group.py. */
 typedef struct {
     int64_t max_ranks, max_tokens, top_k, hidden_size, row_words, row_header_words, rank, num_local_experts;
-    int64_t dispatch_rows, dispatch_word, combine_rows, bell, sleeper, poison;
+    int64_t dispatch_rows, dispatch_word, combine_rows, combine_word, bell, sleeper, poison;
     const int64_t *heap_W;    /* addresses of the heaps as mapped here */
     const int64_t *member_G;  /* sorted slots */
     int64_t num_members;
@@ -246,4 +246,57 @@ EXPORT void regrow_wait(const exchange_t *e, wait_t *w)
         }
         now = now_ns();
     }
+}
+
+/* One layer from the words of its dispatch to the sums of its combine, without Python in between: each wait is where
+ * another process gets this core, and what a rank touches when it comes back is cold. Any wait that is not over after
+ * its first part is left to the caller, `stage` says which; so are rows that name no expert. */
+enum { WAITS_FOR_TOKENS = 0, WAITS_FOR_ROWS = 1, LAYER_DONE = 2 };
+
+/* Laid out as in exchange.py. */
+typedef struct {
+    const float *const *expert_at;
+    int64_t num_experts, inter;
+    float *rows_NH, *out_TH;
+    int64_t num_tokens;
+    int64_t own_ns; /* between and after the waits */
+    int64_t stage;
+} layer_t;
+
+int64_t regrow_expert_rows(const float *x, int64_t x_step, int64_t num_slots, const int64_t *row, const int64_t *expert,
+                           int64_t num_rows, const float *const *expert_at, int64_t num_experts, int64_t hidden,
+                           int64_t inter, float *out);
+
+EXPORT void regrow_finish_layer(exchange_t *e, wait_t *w, layer_t *layer)
+{
+    char *own = heap_of(e, e->rank);
+    const float *x = (const float *)(own + e->dispatch_rows) + e->row_header_words;
+    layer->stage = WAITS_FOR_TOKENS;
+    layer->own_ns = 0;
+    regrow_ring(e);
+    regrow_wait(e, w);
+    if (w->end != COMPLETE) return;
+    int64_t begun = now_ns();
+    regrow_read_tokens(e);
+    if (regrow_expert_rows(x, e->row_words, e->max_ranks * e->max_tokens, e->row_N, e->local_N, e->num_entries,
+                           layer->expert_at, layer->num_experts, e->hidden_size, layer->inter, layer->rows_NH))
+        return;
+    regrow_return_rows(e, layer->rows_NH);
+    for (int64_t g = 0; g < e->num_members; g++) {
+        int64_t *word = (int64_t *)(heap_of(e, e->member_G[g]) + e->combine_word) + e->rank;
+        __atomic_store_n(word, w->step + 1, __ATOMIC_RELEASE);
+    }
+    layer->stage = WAITS_FOR_ROWS;
+    regrow_ring(e);
+    layer->own_ns = now_ns() - begun;
+    w->word = own + e->combine_word;
+    w->word_step = sizeof(int64_t);
+    w->step++;
+    w->begun_ns = 0;
+    regrow_wait(e, w);
+    if (w->end != COMPLETE) return;
+    begun = now_ns();
+    regrow_add_up(e, layer->num_tokens, layer->out_TH);
+    layer->own_ns += now_ns() - begun;
+    layer->stage = LAYER_DONE;
 }

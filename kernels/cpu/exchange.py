@@ -11,16 +11,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kernels.cpu.experts import ExpertTable
 from kernels.cpu.library import POINTER, SIZE, kernel_function
 from kernels.heap_layout import HeapLayout
 from kernels.heap_window import Int32Array, OwnWords
 
 ROUTING_FINE, UNKNOWN_RANK, UNKNOWN_EXPERT = range(3)
+WAITS_FOR_TOKENS, WAITS_FOR_ROWS, LAYER_DONE = range(3)
 PENDING, COMPLETE, FUTURE_WORD, HOST_POISON, PEER_POISON = range(5)
 
 _Int64Array = npt.NDArray[np.int64]
 _NUMBERS = "max_ranks max_tokens top_k hidden_size row_words row_header_words rank num_local_experts"
-_OFFSETS = "dispatch_rows dispatch_word combine_rows bell sleeper poison"
+_OFFSETS = "dispatch_rows dispatch_word combine_rows combine_word bell sleeper poison"
 _ADDRESSES = "outbox load_WL num_rows_W row_N source_N token_N k_N local_N weight_N"
 
 
@@ -49,6 +51,19 @@ class _Wait(ctypes.Structure):
         ("is_missing_W", ctypes.c_void_p),
         ("waited_ns_W", ctypes.c_void_p),
         ("end", ctypes.c_int64),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    """layer_t"""
+
+    _fields_ = [
+        ("expert_at", ctypes.c_void_p),
+        ("num_experts", ctypes.c_int64),
+        ("inter", ctypes.c_int64),
+        ("rows_NH", ctypes.c_void_p),
+        ("out_TH", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_tokens", "own_ns", "stage")),
     ]
 
 
@@ -100,6 +115,9 @@ class CompiledExchange:
             **{name: _address(getattr(self, name)) for name in _ADDRESSES.split()[2:]},
         )
         self._wait = _Wait(is_missing_W=_address(self.is_missing_W), waited_ns_W=_address(self.waited_ns_W))
+        self._rows_NH = np.zeros((most, ep.hidden_size), np.float32)  # pages that are never written take no memory
+        self._layer = _Layer(rows_NH=_address(self._rows_NH))
+        self._layer_at = ctypes.addressof(self._layer)
         self._at, self._wait_at = ctypes.addressof(self._exchange), ctypes.addressof(self._wait)
         # Looked up now, not in the middle of the first round that others wait for.
         self._route = kernel_function("regrow_route_tokens", POINTER, SIZE, POINTER, POINTER, POINTER, is_brief=True)
@@ -109,6 +127,7 @@ class CompiledExchange:
         self._add_up = kernel_function("regrow_add_up", POINTER, SIZE, POINTER, is_brief=True)
         self._ring = kernel_function("regrow_ring", POINTER, is_brief=True)
         self._look = kernel_function("regrow_wait", POINTER, POINTER, is_brief=True)
+        self._finish_layer = kernel_function("regrow_finish_layer", POINTER, POINTER, POINTER)
         self._sleep = kernel_function("regrow_wait", POINTER, POINTER)
 
     def set_members(self, members: Sequence[int]) -> None:
@@ -146,6 +165,26 @@ class CompiledExchange:
         out_TH = torch.empty(num_tokens, self._exchange.hidden_size)
         self._add_up(self._at, num_tokens, out_TH.data_ptr())
         return out_TH
+
+    def finish_layer(self, table: ExpertTable, num_tokens: int, most_ns: int) -> tuple[int, torch.Tensor]:
+        """After the words of a dispatch are out and `begin_wait` was called for those of the others: rings, waits,
+        computes the experts, returns their rows, publishes the words of the combine, rings, waits, adds up. (how far it
+        came, the sums if that is LAYER_DONE.)"""
+        layer, out_TH = self._layer, torch.empty(num_tokens, self._exchange.hidden_size)
+        layer.expert_at, layer.num_experts, layer.inter = table.pointer, table.num_slots, table.intermediate_size
+        layer.num_tokens, layer.out_TH, self._wait.most_ns = num_tokens, out_TH.data_ptr(), most_ns
+        self._finish_layer(self._at, self._wait_at, self._layer_at)
+        return int(layer.stage), out_TH
+
+    @property
+    def own_ns(self) -> int:
+        """Of the last `finish_layer`, without its waits."""
+        return int(self._layer.own_ns)
+
+    @property
+    def num_entries(self) -> int:
+        """Read last."""
+        return int(self._exchange.num_entries)
 
     def ring(self) -> None:
         self._ring(self._at)

@@ -13,10 +13,13 @@ from torch import Tensor
 from common.model.experts import VoidRound
 from common.pace import Pace
 from common.replica_choice import ReplicaChoice
+from kernels.compiled_group import CompiledGroup
 from kernels.cpu.experts import expert_rows
 from kernels.reference import ElasticGroup
 from services.decode.expert_slots import ExpertSlots
 from services.decode.load_counts import LoadCounts
+
+_Sent = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class ElasticExchange:
@@ -63,8 +66,28 @@ class ElasticExchange:
         rank_TK, local_TK = self._choice.choose(moe_layer, logical_TK, hash_T)
         if self.has_orphans:
             self._missed_T |= (rank_TK < 0).any(axis=1)
+        sent = x_TH, _tensor(rank_TK), _tensor(local_TK), topk_weight_TK
+        if isinstance(group, CompiledGroup) and self._ordered and self._pace.factor == 1.0 and not group.has_link_fault:
+            out_TH, num_served = self._at_once(group, moe_layer, sent)
+        else:
+            out_TH, num_served = self._step_by_step(group, moe_layer, sent)
+        self.load.on_layer(moe_layer, logical_TK, num_served)
+        return out_TH
+
+    def _at_once(self, group: CompiledGroup, moe_layer: int, sent: _Sent) -> tuple[Tensor, int]:
         self._pace.pause()
-        received = group.dispatch(x_TH, _tensor(rank_TK), _tensor(local_TK), topk_weight_TK)
+        out_TH = group.run_experts(*sent, self._slots.table(moe_layer))
+        if out_TH is None:
+            raise VoidRound
+        self.num_operations += 2
+        self._pace.resume()
+        self._pace.add(group.own_s)
+        return out_TH, group.num_served
+
+    def _step_by_step(self, group: ElasticGroup, moe_layer: int, sent: _Sent) -> tuple[Tensor, int]:
+        """The same, with this rank's own work between the waits, where a fault can slow it down."""
+        self._pace.pause()
+        received = group.dispatch(*sent)
         if received is None:
             raise VoidRound
         self.num_operations += 1
@@ -76,8 +99,7 @@ class ElasticExchange:
             raise VoidRound
         self.num_operations += 1
         self._pace.resume()
-        self.load.on_layer(moe_layer, logical_TK, received.num_entries)
-        return out_TH
+        return out_TH, received.num_entries
 
 
 def _tensor(array: npt.NDArray[np.int64]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -13,8 +12,8 @@ from common.config import ClusterConfig
 from common.ids import RequestId
 from common.messages import Announce, Sampling, TokenBatch
 from common.model.token_choice import choose
-from kernels.cpu.experts import expert_rows
-from services.decode import elastic_exchange
+from kernels.compiled_group import CompiledGroup
+from kernels.cpu.experts import ExpertTable
 from services.decode.request import Computed, Step
 from tests.services.decode_group import ROUTER, Request, decode_group, tiny_config
 from tests.services.rank_requests import assert_exact, prompts, submit_all
@@ -120,18 +119,25 @@ def test_reduced_combine_is_equal_up_to_rounding(tmp_path: Path) -> None:
 
 def test_a_dropped_expert_row_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison of the other tests is worth something: one wrong row in one round changes bits."""
-    num_calls = 0
+    num_calls, whole = 0, CompiledGroup.run_experts
 
-    def dropping(*args: Any) -> torch.Tensor:
+    def dropping(
+        group: CompiledGroup,
+        x_TH: torch.Tensor,
+        rank_TK: torch.Tensor,
+        local_TK: torch.Tensor,
+        weight_TK: torch.Tensor,
+        table: ExpertTable,
+    ) -> torch.Tensor | None:
         nonlocal num_calls
-        rows = expert_rows(*args)
-        num_calls += len(rows) > 0
-        if num_calls == 5 and len(rows):
-            rows[0] = 0.0
+        num_calls += len(x_TH) > 0
+        if num_calls == 5 and len(x_TH):
+            weight_TK = weight_TK.clone()
+            weight_TK[0, 0] = 0.0
             num_calls += 1
-        return rows
+        return whole(group, x_TH, rank_TK, local_TK, weight_TK, table)
 
-    monkeypatch.setattr(elastic_exchange, "expert_rows", dropping)
+    monkeypatch.setattr(CompiledGroup, "run_experts", dropping)
     with decode_group(2, tmp_path) as group:
         group.form(2)
         requests = prompts(4)
