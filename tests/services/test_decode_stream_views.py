@@ -11,20 +11,24 @@ import torch
 from common.config import ClusterConfig
 from common.ids import Epoch
 from common.messages import Placement, RollAnswer, RollCall, SlotLeft, VoidReport
+from kernels.compiled_group import CompiledGroup
 from services.decode.request import Computed, Step
 from tests.services.decode_group import MONITOR, Group, Request, decode_group, tiny_config
 from tests.services.rank_requests import assert_exact, prompts, submit_all
 
 
 class Hang:
-    """Stops one rank's stream inside a combine, as a stopped process would be, until `resume`."""
+    """Stops one rank's stream between dispatch and combine, as a stopped process would be, until `resume`."""
 
     def __init__(self, group: Group, rank: int, after: int) -> None:
         self.reached, self._resume = threading.Event(), threading.Event()
         engine = group.ranks[rank].engine
         assert engine.group is not None
-        combine, self._left = engine.group.combine, after
-        engine.group.combine = lambda *args, **options: self._pass(combine, args, options)  # type: ignore[method-assign]
+        assert isinstance(engine.group, CompiledGroup)
+        # The words of the dispatch are out, those of the combine are not.
+        compiled, self._left = engine.group._compiled, after
+        finish = compiled.finish_layer
+        compiled.finish_layer = lambda *args, **options: self._pass(finish, args, options)  # type: ignore[method-assign]
 
     def _pass(self, combine: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         self._left -= 1
