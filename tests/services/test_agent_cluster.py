@@ -65,7 +65,8 @@ def assert_one_line(done: "subprocess.CompletedProcess[str]", code: int, text: s
 async def test_the_agent_may_be_killed_and_a_second_start_is_refused(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path / "run", *SMALL).wait_ready()
     try:
-        before = known_pids(await cluster.fetch_status())
+        # Ready does not wait for it: decode ranks compute prompts as long as there is no prefill worker.
+        before = known_pids(await cluster.wait_status(lambda status: "prefill-0" in known_pids(status)))
         assert_one_line(up_again(cluster.run_dir, cluster.port + 1), 2, "a cluster is running in")
         assert_one_line(up_again(tmp_path / "other", cluster.port), 2, f"port {cluster.port} is in use")
         assert [stream.finish for stream in await stream_all(cluster.url, varied_bodies(1, 4))] == ["length"]
