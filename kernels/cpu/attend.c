@@ -7,7 +7,7 @@ enum { HEADS = 4, KEYS = 4 };
 #if defined(__AVX512F__)
 enum { VALUES = 4 };
 #else
-enum { VALUES = 1 };
+enum { VALUES = 2 };
 #endif
 static const float LEAST_EXPONENT = -64.0f; /* beyond it nothing shows, and denormal numbers are slow */
 
@@ -53,17 +53,8 @@ INLINE vec16 sums_of(const vec16 x[LANES])
     for (int i = 0; i < 4; i++) by4[i] = fold4(by8[i], by8[i + 4]);
     return fold1(fold2(by4[0], by4[2]), fold2(by4[1], by4[3]));
 }
-#else
-INLINE vec16 sums_of(const vec16 x[LANES])
-{
-    vec16 sums;
-    for (int i = 0; i < LANES; i++) sums[i] = sum16(x[i]);
-    return sums;
-}
-#endif
-
 /* Lane h * KEYS + k: head h's query times key k. */
-static vec16 score_tile(const float *const query[HEADS], const float *const key[KEYS], int64_t size)
+static void score_tile(const float *const query[HEADS], const float *const key[KEYS], int64_t size, float *score)
 {
     vec16 sum[HEADS * KEYS];
 #pragma GCC unroll 16
@@ -80,8 +71,44 @@ static vec16 score_tile(const float *const query[HEADS], const float *const key[
             for (int k = 0; k < KEYS; k++) sum[h * KEYS + k] = fma16(query_c, key_c[k], sum[h * KEYS + k]);
         }
     }
-    return sums_of(sum);
+    store16(score, sums_of(sum));
 }
+#else
+/* Lane h * KEYS + k: head h's query times key k. The sixteen chains of a score lie in two vectors. */
+static void score_tile(const float *const query[HEADS], const float *const key[KEYS], int64_t size, float *score)
+{
+    for (int h = 0; h < HEADS; h++) {
+        vecn low[KEYS], high[KEYS];
+#pragma GCC unroll 4
+        for (int k = 0; k < KEYS; k++) low[k] = high[k] = alln(0.0f);
+        for (int64_t c = 0; c < size; c += LANES) {
+            const int64_t left = size - c;
+            const int64_t first = least(left, NATIVE), second = left > NATIVE ? least(left - NATIVE, NATIVE) : 0;
+            const int is_whole = left >= LANES;
+            const float *const from = query[h] + c;
+            const vecn query_low = is_whole ? loadn(from) : load_partn(from, first);
+            const vecn query_high = is_whole ? loadn(from + NATIVE) : load_partn(from + NATIVE, second);
+#pragma GCC unroll 4
+            for (int k = 0; k < KEYS; k++) {
+                const float *const of_key = key[k] + c;
+                const vecn key_low = is_whole ? loadn(of_key) : load_partn(of_key, first);
+                const vecn key_high = is_whole ? loadn(of_key + NATIVE) : load_partn(of_key + NATIVE, second);
+                low[k] = fman(query_low, key_low, low[k]);
+                high[k] = fman(query_high, key_high, high[k]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int k = 0; k < KEYS; k++) {
+            const vecn by8 = low[k] + high[k];
+            float part[NATIVE];
+            memcpy(part, &by8, sizeof part);
+            for (int width = NATIVE / 2; width > 0; width /= 2)
+                for (int lane = 0; lane < width; lane++) part[lane] += part[lane + width];
+            score[h * KEYS + k] = part[0];
+        }
+    }
+}
+#endif
 
 /* From scores to e^(score - largest), in place; their sum. */
 static float soften(float *score, int64_t num_keys)
@@ -109,23 +136,23 @@ INLINE void value_tile(const float *const *rows, int64_t value_at, int64_t num_k
                        int64_t weight_step, const float *total, int64_t num_heads, const int num_vectors,
                        const int64_t count, const int is_whole, float *out, int64_t out_step)
 {
-    vec16 sum[HEADS][VALUES];
+    vecn sum[HEADS][VALUES];
 #pragma GCC unroll 4
     for (int h = 0; h < HEADS; h++)
 #pragma GCC unroll 4
-        for (int v = 0; v < num_vectors; v++) sum[h][v] = all16(0.0f);
+        for (int v = 0; v < num_vectors; v++) sum[h][v] = alln(0.0f);
     for (int64_t j = 0; j < num_keys; j++) {
         const float *value = rows[j] + value_at;
-        vec16 value_j[VALUES];
+        vecn value_j[VALUES];
 #pragma GCC unroll 4
         for (int v = 0; v < num_vectors; v++)
-            value_j[v] = is_whole || v + 1 < num_vectors ? load16(value + v * LANES)
-                                                         : load_part16(value + v * LANES, count - v * LANES);
+            value_j[v] = is_whole || v + 1 < num_vectors ? loadn(value + v * NATIVE)
+                                                         : load_partn(value + v * NATIVE, count - v * NATIVE);
 #pragma GCC unroll 4
         for (int h = 0; h < HEADS; h++) {
-            const vec16 weight_j = all16(weight[h * weight_step + j]);
+            const vecn weight_j = alln(weight[h * weight_step + j]);
 #pragma GCC unroll 4
-            for (int v = 0; v < num_vectors; v++) sum[h][v] = fma16(weight_j, value_j[v], sum[h][v]);
+            for (int v = 0; v < num_vectors; v++) sum[h][v] = fman(weight_j, value_j[v], sum[h][v]);
         }
     }
 #pragma GCC unroll 4
@@ -133,8 +160,8 @@ INLINE void value_tile(const float *const *rows, int64_t value_at, int64_t num_k
 #pragma GCC unroll 4
         for (int v = 0; v < num_vectors; v++)
             if (h < num_heads)
-                store_part16(out + h * out_step + v * LANES, sum[h][v] / total[h],
-                             is_whole ? LANES : least(count - v * LANES, LANES));
+                store_partn(out + h * out_step + v * NATIVE, sum[h][v] / total[h],
+                             is_whole ? NATIVE : least(count - v * NATIVE, NATIVE));
 }
 
 static void values(const float *const *rows, int64_t value_at, int64_t num_keys, const float *weight, int64_t weight_step,
@@ -143,14 +170,14 @@ static void values(const float *const *rows, int64_t value_at, int64_t num_keys,
 #define TILE(VECTORS, IS_WHOLE)                                                                                        \
     value_tile(rows, value_at + at, num_keys, weight, weight_step, total, num_heads, VECTORS, size - at, IS_WHOLE,     \
                out + at, size)
-    for (int64_t at = 0; at < size; at += VALUES * LANES) {
+    for (int64_t at = 0; at < size; at += VALUES * NATIVE) {
         const int64_t left = size - at;
-        if (left >= VALUES * LANES) TILE(VALUES, 1);
+        if (left >= VALUES * NATIVE) TILE(VALUES, 1);
 #if defined(__AVX512F__)
-        else if (left > 3 * LANES) TILE(4, 0);
-        else if (left > 2 * LANES) TILE(3, 0);
-        else if (left > LANES) TILE(2, 0);
+        else if (left > 3 * NATIVE) TILE(4, 0);
+        else if (left > 2 * NATIVE) TILE(3, 0);
 #endif
+        else if (left > NATIVE) TILE(2, 0);
         else TILE(1, 0);
     }
 #undef TILE
@@ -169,9 +196,10 @@ void attend(const heads_t *heads, const float *query, const float *const *rows, 
             for (int64_t j = 0; j < num_keys; j += KEYS) {
                 const float *keys[KEYS];
                 for (int64_t k = 0; k < KEYS; k++) keys[k] = rows[least(j + k, num_keys - 1)] + g * heads->key_size;
-                const vec16 tile = score_tile(queries, keys, heads->key_size);
+                float tile[HEADS * KEYS];
+                score_tile(queries, keys, heads->key_size, tile);
                 for (int64_t h = 0; h < HEADS; h++)
-                    memcpy(scratch + h * step + j, (const float *)&tile + h * KEYS, KEYS * sizeof(float));
+                    memcpy(scratch + h * step + j, tile + h * KEYS, KEYS * sizeof(float));
             }
             float total[HEADS];
             for (int64_t h = 0; h < HEADS; h++) total[h] = soften(scratch + h * step, num_keys);

@@ -1,7 +1,7 @@
 /* Sixteen floats at a time, the same bits on every processor.
  *
- * A library is compiled for each instruction set (build.py): with AVX-512 a vec16 is one register, with AVX2 two, and
- * otherwise the compiler's business. All operations are IEEE ones on each lane (fused multiply-add rounds once, in
+ * A library is compiled for each instruction set (build.py): with AVX-512 a vec16 is one register, and otherwise the
+ * compiler's business, who keeps it in memory: what is worth it has a vecn there. All operations are IEEE ones on each lane (fused multiply-add rounds once, in
  * hardware or in libm), and sums across lanes have one order, so the width of the machine never shows.
  * Products and sums are fused only where fma16 or fmaf says so: everything is compiled with -ffp-contract=off.
  */
@@ -68,6 +68,47 @@ INLINE vec16 fma16(vec16 a, vec16 b, vec16 c)
     return c;
 #endif
 }
+
+/* A vector of as many floats as a register holds, where elements are independent and lanes have no meaning. */
+#if defined(__AVX512F__)
+enum { NATIVE = 16 };
+typedef vec16 vecn;
+INLINE vecn loadn(const float *from) { return load16(from); }
+INLINE void storen(float *to, vecn x) { store16(to, x); }
+INLINE vecn alln(float x) { return all16(x); }
+INLINE vecn load_partn(const float *from, int64_t count) { return load_part16(from, count); }
+INLINE void store_partn(float *to, vecn x, int64_t count) { store_part16(to, x, count); }
+INLINE vecn fman(vecn a, vecn b, vecn c) { return fma16(a, b, c); }
+#else
+enum { NATIVE = 8 };
+typedef float vecn __attribute__((vector_size(32)));
+typedef int32_t intn __attribute__((vector_size(32)));
+typedef float loosen __attribute__((vector_size(32), aligned(4), may_alias));
+INLINE vecn loadn(const float *from) { return *(const loosen *)from; }
+INLINE void storen(float *to, vecn x) { *(loosen *)to = x; }
+INLINE vecn alln(float x) { return (vecn){x, x, x, x, x, x, x, x}; }
+INLINE vecn load_partn(const float *from, int64_t count)
+{
+#if defined(__AVX2__)
+    const intn lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    return (vecn)_mm256_maskload_ps(from, (__m256i)(lane < (int32_t)count));
+#else
+    vecn x = alln(0.0f);
+    memcpy(&x, from, (size_t)count * sizeof(float));
+    return x;
+#endif
+}
+INLINE void store_partn(float *to, vecn x, int64_t count) { memcpy(to, &x, (size_t)count * sizeof(float)); }
+INLINE vecn fman(vecn a, vecn b, vecn c)
+{
+#if defined(__FMA__)
+    return (vecn)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    for (int lane = 0; lane < NATIVE; lane++) c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+    return c;
+#endif
+}
+#endif
 
 /* The sum of all lanes: lane l and l + 8 first, then l + 4, l + 2, l + 1. */
 INLINE float sum16(vec16 x)

@@ -63,6 +63,17 @@ def test_bits_depend_neither_on_company_nor_on_order_nor_on_the_processor(hidden
                 assert torch.equal(expert_rows(x_SH, row_R[chosen], expert_R[chosen], table), expected[chosen])
 
 
+def test_silu_is_right_to_the_last_bits_everywhere() -> None:
+    """Of an expert with one input, all weights one: silu(x) * x."""
+    table = ExpertTable(1, 1, 1)
+    table.put(0, torch.ones(3))
+    x = torch.cat((torch.linspace(-86, 100, 20001), torch.tensor([0.0, -0.0, 1e-30, -1e-6])))
+    got = expert_rows(x[:, None], torch.arange(len(x)), torch.zeros(len(x), dtype=torch.int64), table)[:, 0]
+    assert torch.allclose(got.double(), torch.nn.functional.silu(x.double()) * x.double(), rtol=5e-7, atol=1e-37)
+    far = expert_rows(torch.tensor([[-200.0], [float("nan")]]), torch.arange(2), torch.tensor([0, 0]), table)
+    assert abs(float(far[0, 0])) < 1e-33 and bool(far[1, 0].isnan())
+
+
 def test_rows_without_input_or_expert_are_refused() -> None:
     _, table = experts(20, 7)
     x_SH = torch.randn(3, 20)
