@@ -1,5 +1,5 @@
 """Local search and packing as plans use them: compiled where the CPU kernels are built, else by their specifications in
-numpy, which give the same placements in five times the time. Pure.
+numpy, which give the same placements in three times the time. Pure.
 
 Shapes: L layers, R ranks, S slots of the largest rank, N copies, E logical experts.
 """
