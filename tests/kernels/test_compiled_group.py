@@ -107,6 +107,34 @@ def test_compiled_and_reference_are_the_same_bits(
         assert torch.equal(mine_U8, theirs_U8)
 
 
+@pytest.mark.parametrize("kind", [ElasticGroup, CompiledGroup])
+def test_nothing_returns_to_a_rank_that_was_masked_after_its_dispatch(heap_dir: Path, kind: type[ElasticGroup]) -> None:
+    layout, provider = HeapLayout.build(SHAPES[0]), ShmProvider(heap_dir)
+    heaps = [provider.allocate(f"heap{rank}", layout.nbytes) for rank in range(2)]
+    groups = []
+    for rank, heap in enumerate(heaps):
+        layout.format(heap.bytes_U8)
+        groups.append(kind(layout, heap, rank, deadline_s=GENEROUS_S))
+    for group, peer in zip(groups, (1, 0), strict=True):
+        group.map_peer(peer, heaps[peer])
+        group.adopt(1, (0, 1), 7)
+    cluster = LocalGroup(layout, heaps, groups, [])
+    assert all(cluster.run(lambda group: group.allgather([])).values())
+    top_k, hidden = SHAPES[0].top_k, SHAPES[0].hidden_size
+    x_TH, to_first_TK = torch.ones(1, hidden), torch.zeros((1, top_k), dtype=torch.int64)
+    received = cluster.run(
+        lambda group: group.dispatch(x_TH, to_first_TK, torch.zeros_like(to_first_TK), torch.ones(1, top_k))
+    )[0]
+    assert received is not None and (received.source_N == 1).any()
+    before = cluster.snapshot(1)
+    groups[0].update_mask_buffer(1, True)
+    assert groups[0].combine(torch.full((received.num_entries, hidden), 3.0), received) is not None
+    assert torch.equal(cluster.snapshot(1), before)
+    provider.close()
+    for rank in range(2):
+        provider.unlink(f"heap{rank}")
+
+
 @pytest.mark.parametrize("change", ["rank 3", "rank -2", "rank 99", "local -1", "local 5", "tokens"])
 def test_bad_routing_is_refused_before_anything_is_sent(heap_dir: Path, change: str) -> None:
     what, _, value = change.partition(" ")
