@@ -14,7 +14,7 @@ import pytest
 from services.cli.chat_client import Stream
 from tests.cluster.harness import Cluster, outcome, stream_all, until_tokens, varied_bodies
 
-NUM_STREAMS, MAX_TOKENS = 12, 120
+NUM_STREAMS, MAX_TOKENS = 12, 300
 
 
 @pytest.fixture(scope="module")
