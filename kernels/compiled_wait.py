@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from kernels.cpu import exchange
 from kernels.cpu.exchange import CompiledExchange
 from kernels.doorbell import Doorbell
@@ -28,7 +26,8 @@ class CompiledWait(WordWait):
 
     @property
     def missing(self) -> tuple[int, ...]:
-        return tuple(np.flatnonzero(self._compiled.is_missing_W).tolist())
+        # A copy first: another thread may ask while C writes, and numpy refuses to search what changes.
+        return tuple(rank for rank, is_missing in enumerate(self._compiled.is_missing_W.tobytes()) if is_missing)
 
     @missing.setter
     def missing(self, ranks: tuple[int, ...]) -> None:

@@ -113,7 +113,8 @@ class Cluster:
         raise AssertionError(f"not reached within {within_s} s: {json.dumps(status)[:6000]}\n{self.logs()}")
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Stops the cluster and asserts that nothing is left: no process, no file of symmetric memory."""
+        """Stops the cluster and asserts that nothing is left, no process and no file of symmetric memory; and that none
+        failed by an error of ours: a rank is replaced then like any other, and no stream would tell."""
         pids = self.pids()
         if self.process.poll() is None:
             self.process.send_signal(number)
@@ -127,6 +128,8 @@ class Cluster:
         self.process.stdout.close()
         left = [pid for pid in pids if Path(f"/proc/{pid}").exists()]
         assert not left, f"processes left behind: {left}\n{self.logs()}"
+        failed = [path.name for path in self.run_dir.glob("logs/*") if "Traceback" in path.read_text()]
+        assert not failed, f"errors in {failed}\n{self.logs(last=6000)}"
         return self.process.returncode
 
     def pids(self) -> list[int]:
