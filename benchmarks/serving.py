@@ -1,6 +1,6 @@
 """Fault-free serving: tokens/s, time to first token, time between tokens, against one process without services.
 
-    python -m benchmarks.serving [--model DIR] [--ranks 1 2 4] [--streams 1 8 32 64] [--seconds 8] [--output PREFIX]
+    python -m benchmarks.serving [--model DIR] [--ranks 1 2 4] [--streams 1 8 32 64] [--seconds 8] [--routers 1] [--output PREFIX]
 
 The load generator runs in a process of its own; the baseline is the same model code in one process, one batch, at its
 best number of threads, measured in the same run. Writes PREFIX.json and PREFIX.md.
@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.failover_report import percentile
 from benchmarks.load_generator import ROOT, LoadGenerator, bodies_for
-from benchmarks.provenance import provenance
+from benchmarks.provenance import provenance, results_path
 from common.process_table import processes_of
 from services.cli.temporary_cluster import temporary_cluster
 
@@ -82,7 +82,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--seconds", type=float, default=8.0)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/serving_cpu"))
+    parser.add_argument("--routers", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=results_path("serving_cpu"))
     arguments = parser.parse_args()
     origin = provenance()
     alone = {count: baseline(arguments.model, count, arguments.seconds / 2) for count in arguments.streams}
@@ -91,7 +92,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="regrow-serving-") as directory:
             base = Path(directory)
             (base / "bodies.json").write_text(json.dumps(bodies_for(arguments.model.name, 64, MAX_TOKENS)))
-            with temporary_cluster(base / "run", arguments.model, num_ranks, 1) as url:
+            routers = ("--routers", str(arguments.routers))
+            with temporary_cluster(base / "run", arguments.model, num_ranks, 1, *routers) as url:
                 for count in arguments.streams:
                     row = measure(url, base / "run", base, count, arguments.seconds)
                     best = max(alone[count].values())
