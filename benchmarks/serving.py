@@ -1,6 +1,7 @@
 """Fault-free serving: tokens/s, time to first token, time between tokens, against one process without services.
 
-    python -m benchmarks.serving [--model DIR] [--ranks 1 2 4] [--streams 1 8 32 64] [--seconds 8] [--routers 1] [--output PREFIX]
+    python -m benchmarks.serving [--model DIR] [--ranks 1 2 4] [--streams 1 8 32 64] [--seconds 8] [--routers 1]
+        [--output PREFIX]
 
 The load generator runs in a process of its own; the baseline is the same model code in one process, one batch, at its
 best number of threads, measured in the same run. Writes PREFIX.json and PREFIX.md.
