@@ -26,7 +26,7 @@ from tests.cluster.namespaces import HTTP_PORT, MONITOR_PORT, Host, hosts, monit
 from tests.own_directory import own_directory_prefix
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(240)]
-NUM_STREAMS, MAX_TOKENS = 6, 400
+NUM_STREAMS, MAX_TOKENS = 6, 900
 PORTS = f"{MONITOR_PORT}-{MONITOR_PORT + 3}"
 
 
@@ -120,7 +120,8 @@ async def cut_and_heal(several: Several, cut: Callable[[], None], heal: Callable
 
     async def act(streams: list[Stream]) -> None:
         await until_tokens(streams, 10)
-        assert rank_on(several.cut_off, await several.status())["running"] > 0, "the cut would concern no stream"
+        # Of heartbeats, which come later than tokens do; without such a stream the cut would concern none.
+        await several.wait_status(lambda status: rank_on(several.cut_off, status)["running"] > 0, within_s=10.0)
         cut()
         removed = await several.wait_status(lambda status: victim["rank"] not in serving(status))
         assert removed_since(removed, seq) == [victim["rank"]]
