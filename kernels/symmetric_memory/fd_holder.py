@@ -47,10 +47,9 @@ class FdHolder:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._accepting.join()
-        with self._lock:
-            connections = list(self._connections)
-        for connection in connections:
-            connection.shutdown(socket.SHUT_RDWR)
+        with self._lock:  # a thread takes its connection out under the lock before it closes it: those here are open
+            for connection in self._connections:
+                connection.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join()
         for held in self._held.values():

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,3 +84,15 @@ def test_what_is_wrong_is_said(holder: FdHolder) -> None:
     client.close()
     with pytest.raises(HeapError, match="is it running"):
         HolderClient(holder.path.with_name("nobody")).get("a")
+
+
+def test_owners_may_go_while_the_holder_closes(tmp_path: Path) -> None:
+    for attempt in range(60):
+        holder = FdHolder(tmp_path / f"holder-{attempt}")
+        client = HolderClient(holder.path)
+        for number in range(8):
+            put(client, f"heap-{number}", b"abc")
+        leaving = threading.Thread(target=client.close)
+        leaving.start()
+        holder.close()
+        leaving.join()
