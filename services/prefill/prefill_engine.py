@@ -1,7 +1,7 @@
 """The tensor side of a prefill worker: the whole model and a paged cache of its own. Decides nothing.
 
 KV leaves piece by piece: what the prefix cache knew at once, the rest layer by layer as it is computed. Only a request
-that is computed in one chunk has its KV in one piece, with its token.
+that is computed in one chunk, or has lost its place several times, has its KV in one piece, with its token.
 
 Legend: T tokens of a batch, R chunks, W block table width, S rows of logits, V vocabulary, L layers, N tokens of a
 request, C row floats.
@@ -65,7 +65,7 @@ class PrefillEngine:
 
     def compute(self, chunks: Sequence[Chunk], push: Callable[[Piece], None]) -> dict[Attempt, Prefilled]:
         """Writes the KV of all chunks; results for those that are the last of their request."""
-        in_pieces = [chunk for chunk in chunks if not chunk.is_whole]
+        in_pieces = [chunk for chunk in chunks if chunk.goes_in_pieces]
         num_layers = self._model.config.num_hidden_layers
         for chunk in in_pieces:
             if chunk.is_first and chunk.num_cached:
@@ -99,7 +99,7 @@ class PrefillEngine:
         prefill = chunk.prefill
         choice = choose(logits_V, prefill.sampling, prefill.prompt, prefill.outputs)
         num_layers = self._model.config.num_hidden_layers
-        kv = self._piece(chunk, 0, num_layers, 0, chunk.stop).kv if chunk.is_whole else b""
+        kv = b"" if chunk.goes_in_pieces else self._piece(chunk, 0, num_layers, 0, chunk.stop).kv
         return Prefilled(choice, kv, tuple(chunk.prompt_logprobs))
 
 

@@ -38,6 +38,7 @@ from services.prefill.prefix_cache import PrefixCache
 MAX_DONE = 1024  # attempts remembered after their end, so that a lost PrefillDone can be said again
 
 Attempt = tuple[RequestId, int]
+NUM_ATTEMPTS_IN_PIECES = 3
 PREFIXES: Attempt = (RequestId(""), 0)  # owns the blocks of the prefix cache
 
 
@@ -66,9 +67,11 @@ class Chunk:
     num_cached: int = 0  # tokens before the first chunk of the request
 
     @property
-    def is_whole(self) -> bool:
-        """All of the request."""
-        return self.start == 0 and self.is_last
+    def goes_in_pieces(self) -> bool:
+        """Its KV leaves while it is computed. One lost piece costs the whole attempt, so a request that is at it for
+        the fourth time, perhaps over a bad path, gets its KV in one message at the end."""
+        is_all = self.start == 0 and self.is_last
+        return not is_all and self.prefill.attempt <= NUM_ATTEMPTS_IN_PIECES
 
     @property
     def is_first(self) -> bool:

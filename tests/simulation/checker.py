@@ -174,8 +174,9 @@ class Checker:
             raise Bad(f"view {view.epoch} leaves experts without a copy although there is room")
 
     def _check_roll_call(self, view: View) -> None:
-        """Whoever stays after a roll call has answered it, unless something else made this view meanwhile."""
-        if self._roll_call is None:
+        """Whoever stays after a roll call has answered it, unless something else made this view meanwhile. A prepared
+        view that comes into force during a roll call is not what ends it."""
+        if self._roll_call is None or view.epoch in self._newcomers:
             return
         (epoch, called), self._roll_call = self._roll_call, None
         members = tuple(member.process for member in view.members)

@@ -14,7 +14,7 @@ from common.ids import Incarnation, ProcessId, Rank, RequestId
 from common.kv_blocks import BlockAllocator
 from common.messages import Prefill, Sampling
 from services.prefill.prefill_engine import Piece, Prefilled, PrefillEngine
-from services.prefill.prefill_queue import Attempt, Chunk, PrefillQueue
+from services.prefill.prefill_queue import NUM_ATTEMPTS_IN_PIECES, Attempt, Chunk, PrefillQueue
 
 TINY = Path(__file__).parents[2] / "fixtures" / "tiny-random"
 
@@ -48,10 +48,10 @@ class Receiver:
         return result if result.kv else replace(result, kv=self._kv[chunk.attempt].tobytes())
 
 
-def finish(engine: PrefillEngine, queue: PrefillQueue) -> dict[Attempt, Prefilled]:
+def finish(engine: PrefillEngine, queue: PrefillQueue, receiver: Receiver | None = None) -> dict[Attempt, Prefilled]:
     """All that is queued, with its KV in one piece."""
     results: dict[Attempt, Prefilled] = {}
-    receiver = Receiver(engine)
+    receiver = receiver or Receiver(engine)
     while batch := queue.next_batch():
         computed = engine.compute(batch, receiver.push)
         for chunk in queue.on_computed(batch):
@@ -90,6 +90,22 @@ def test_kv_is_pushed_before_the_model_is_done_with_it() -> None:
         engine.compute(batch, lambda piece: story.append(f"{piece.start} {piece.first_layer}"))
         queue.on_computed(batch)
     assert story == [f"{start} {layer}" if layer < 3 else "experts" for start in (0, 16, 32) for layer in range(4)]
+
+
+def test_who_has_lost_its_place_often_gets_its_kv_in_one_message() -> None:
+    torch.set_num_threads(1)
+    config = PrefillConfig(chunk_tokens=16, num_kv_blocks=64)
+    engine = PrefillEngine(TINY, config, 16)
+    num_layers = engine._model.config.num_hidden_layers
+    num_pieces = []
+    results: list[Prefilled] = []
+    for attempt in (1, NUM_ATTEMPTS_IN_PIECES, NUM_ATTEMPTS_IN_PIECES + 1):
+        queue, receiver = PrefillQueue.of(config, 16, engine.limits), Receiver(engine)
+        queue.on_prefill(msgspec.structs.replace(prefill(0, 40), attempt=attempt))
+        results += finish(engine, queue, receiver).values()
+        num_pieces.append(receiver.num_pieces)
+    assert num_pieces == [3 * num_layers, 3 * num_layers, 0]
+    assert results[0].kv and results == [results[0]] * 3
 
 
 def test_cached_kv_is_computed_kv_to_the_last_bit() -> None:
