@@ -23,7 +23,7 @@ FloatArray = npt.NDArray[np.float64]
 
 # Columns of the replica table: a power of two, so that a hash is cut by a mask; large enough to split a load by 3 or 5
 # within a few percent.
-_NUM_COLUMNS = 64
+NUM_COLUMNS = 64
 
 
 class ReplicaChoice:
@@ -48,9 +48,13 @@ class ReplicaChoice:
             copies = _Copies.live(rows, members, num_logical_experts).where(lambda copies: copies.rank_N != avoid)
             tables = _replica_table(_preferred(copies, sorted(members), own_rank, policy))
             self._tables.append(tables)
-            rank_EC, local_EC = (table.reshape(-1, _NUM_COLUMNS) for table in tables)
+            rank_EC, local_EC = (table.reshape(-1, NUM_COLUMNS) for table in tables)
             is_one = (rank_EC == rank_EC[:, :1]).all() and (local_EC == local_EC[:, :1]).all()
             self._only.append((rank_EC[:, 0].copy(), local_EC[:, 0].copy()) if is_one else None)
+
+    def tables(self, layer: int) -> tuple[IntArray, IntArray]:
+        """What `choose` looks up: rank and local of the copy for (expert, column), flat [E * NUM_COLUMNS]."""
+        return self._tables[layer]
 
     def choose(
         self, layer: int, logical_TK: npt.NDArray[np.integer], hash_T: npt.NDArray[np.integer]
@@ -62,7 +66,7 @@ class ReplicaChoice:
         if (only := self._only[layer]) is not None:
             return only[0].take(logical_TK), only[1].take(logical_TK)
         rank_table, local_table = self._tables[layer]
-        index_TK = logical_TK * _NUM_COLUMNS + (hash_T & (_NUM_COLUMNS - 1))[:, None]
+        index_TK = logical_TK * NUM_COLUMNS + (hash_T & (NUM_COLUMNS - 1))[:, None]
         return rank_table.take(index_TK), local_table.take(index_TK)
 
 
@@ -135,11 +139,11 @@ def _gathered(copies: _Copies) -> _Copies:
 
 def _replica_table(copies: _Copies) -> tuple[IntArray, IntArray]:
     """Two flat tables [E * columns]: rank and local of the copy that serves (expert, column)."""
-    place = np.full((len(copies.num_E), _NUM_COLUMNS), len(copies.rank_N), dtype=np.int64)
+    place = np.full((len(copies.num_E), NUM_COLUMNS), len(copies.rank_N), dtype=np.int64)
     for num in set(copies.num_E.tolist()) - {0}:
         experts = np.flatnonzero(copies.num_E == num)
         # Shifted by the expert, so that one token's experts with equal holders do not all go to the same one.
-        turn = (np.arange(num)[:, None] + np.arange(_NUM_COLUMNS)) % num
+        turn = (np.arange(num)[:, None] + np.arange(NUM_COLUMNS)) % num
         place[experts] = copies.first_E[experts, None] + turn[experts % num]
     flat = place.ravel()
     return np.append(copies.rank_N, -1).take(flat), np.append(copies.local_N, -1).take(flat)

@@ -13,9 +13,21 @@ import numpy.typing as npt
 import torch
 
 from kernels.compiled_wait import FIRST_PART_NS, CompiledWait
-from kernels.cpu.exchange import LAYER_DONE, ROUTING_FINE, WAITS_FOR_ROWS, WAITS_FOR_TOKENS, CompiledExchange
-from kernels.cpu.experts import ExpertTable, expert_rows
+from kernels.cpu.batch import CheckedBatch
+from kernels.cpu.exchange import ROUTING_FINE, CompiledExchange
+from kernels.cpu.forward import (
+    BAD_ROUTING,
+    BAD_ROWS,
+    DONE,
+    NO_MEMORY,
+    WAITS_FOR_ROWS,
+    WAITS_FOR_TOKENS,
+    CompiledModel,
+    ForwardPass,
+    RoutedExperts,
+)
 from kernels.elastic_mode import ElasticMode
+from kernels.epoch_state import VOID
 from kernels.heap_layout import HeapLayout
 from kernels.received import Received
 from kernels.reference import ElasticGroup
@@ -45,6 +57,7 @@ class CompiledGroup(ElasticGroup):
             torch.from_numpy(self._compiled.numbers_5N),
             torch.from_numpy(self._compiled.weight_N),
         )
+        self._pass = ForwardPass(layout.ep, self._compiled)
         self._muted_W = np.zeros_like(self._compiled.heap_W)
         self._is_muted = False
         self._wait = CompiledWait(rank, self._own.poison, self._bell, time.monotonic, self._compiled)
@@ -59,47 +72,44 @@ class CompiledGroup(ElasticGroup):
 
     @property
     def has_link_fault(self) -> bool:
-        """Now: words are lost, and `run_experts` must not be used."""
+        """Now: words are lost, which a pass in C would notice only at a long wait."""
         fault = self._windows.fault
         return fault is not None and (fault.is_mute() or fault.is_deaf())
 
-    def run_experts(
-        self,
-        x_TH: torch.Tensor,
-        rank_TK: torch.Tensor,
-        local_expert_TK: torch.Tensor,
-        weight_TK: torch.Tensor,
-        table: ExpertTable,
-    ) -> torch.Tensor | None:
-        """dispatch, the experts of ``table`` for what came, and the ordered combine: the same operations and words, in
-        one call of C when nobody is very late. ``num_served`` and ``own_s`` tell of the last one."""
-        step, compiled = self._publish_tokens(x_TH, rank_TK, local_expert_TK, weight_TK), self._compiled
-        if step is None:
+    def run_pass(self, model: CompiledModel, batch: CheckedBatch, experts: RoutedExperts) -> torch.Tensor | None:
+        """A whole forward pass with dispatch, experts and ordered combine of every mixture layer: the same operations
+        and words, in one call of C as long as nobody is very late. Logits fp32 [S, V]; None on a rank that is or
+        becomes VOID. ``own_s`` and ``missed_T`` tell of the last one. Not in mode ALONE: members change in mid-pass.
+        """
+        if self.status == VOID:
             return None
-        compiled.begin_wait(self._own.dispatch_wait, step, self._floor)
-        stage, out_TH = compiled.finish_layer(table, len(x_TH), FIRST_PART_NS)
-        if stage == WAITS_FOR_TOKENS:
-            if not self._await_words(self._own.dispatch_wait, step, self.deadline_s):
+        if self.elastic is ElasticMode.ALONE or self._num_headers == 0 or self._combine_due:
+            raise RuntimeError("a pass out of order: an epoch begins with allgather, and each dispatch has its combine")
+        compiled, own = self._pass, self._own
+        logits_SV = compiled.begin(model, batch, experts, self.step)
+        self._compiled.set_floor(self._floor)
+        self._tokens.note_filled(batch.num_tokens)
+        while True:
+            self._refresh()
+            stage = compiled.go_on(FIRST_PART_NS)
+            self._n = compiled.step - self._floor
+            if stage == DONE:
+                return logits_SV
+            if stage not in (WAITS_FOR_TOKENS, WAITS_FOR_ROWS):
+                kind, text = _FAILURES[stage]
+                raise kind(text)
+            words = own.dispatch_wait if stage == WAITS_FOR_TOKENS else own.combine_wait
+            if not self._await_words(words, compiled.step, self.deadline_s):
                 return None
-            received = self._read_tokens(step)
-            rows_NH = expert_rows(received.x_SH, received.row_N, received.local_expert_N, table)
-            return self.combine(rows_NH, received)
-        combine_step, self._combine_due = self._next_step(), 0
-        if stage == WAITS_FOR_ROWS and not self._await_words(self._own.combine_wait, combine_step, self.deadline_s):
-            return None
-        if self.members != self._sent_to:
-            self._tokens.note_masked(self._masked_W)
-        return out_TH if stage == LAYER_DONE and not self.renormalise else self._add_up(ordered=True)
-
-    @property
-    def num_served(self) -> int:
-        """Entries that this rank computed in the last layer."""
-        return self._compiled.num_entries
 
     @property
     def own_s(self) -> float:
-        """What `run_experts` did itself the last time, between and after its waits."""
-        return self._compiled.own_ns / 1e9
+        """What the last `run_pass` took, without its waits."""
+        return self._pass.own_s
+
+    def missed_T(self, num_tokens: int) -> npt.NDArray[np.bool_]:
+        """Which tokens of the last `run_pass` had an expert that lives nowhere."""
+        return self._pass.misses_M[:num_tokens]
 
     def _check_routing(
         self, x_TH: torch.Tensor, rank_TK: torch.Tensor, local_expert_TK: torch.Tensor, weight_TK: torch.Tensor
@@ -163,6 +173,11 @@ class CompiledGroup(ElasticGroup):
             self._is_muted = False
 
 
+_FAILURES: dict[int, tuple[type[Exception], str]] = {
+    BAD_ROUTING: (ValueError, "tokens routed to a rank that is no member, or to an expert that no rank has"),
+    BAD_ROWS: (ValueError, "rows came for an expert that is not there"),
+    NO_MEMORY: (MemoryError, "no memory for a forward pass"),
+}
 _NO_RANKS: npt.NDArray[np.int64] = np.empty(0, np.int64)
 
 

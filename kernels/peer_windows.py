@@ -14,7 +14,8 @@ from kernels.heap_window import HeapWindow
 
 
 class LinkFault(Protocol):
-    """Asked at every operation, so a fault begins and ends at any time, also in the middle of a round."""
+    """Asked at every operation, so a fault begins and ends at any time, also in the middle of a round; by a pass in C
+    when it begins, and when one of its waits takes milliseconds."""
 
     def is_mute(self) -> bool: ...
     def is_deaf(self) -> bool: ...

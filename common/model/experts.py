@@ -10,12 +10,14 @@ Legend: T tokens, H hidden, I expert intermediate, G = 2 I, K experts per token,
 
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from kernels.cpu.batch import CheckedBatch
 from kernels.cpu.experts import ExpertTable, combine_ordered, expert_rows
+from kernels.cpu.forward import CompiledModel
 
 if TYPE_CHECKING:
     from common.model.checkpoint import Checkpoint
@@ -36,6 +38,16 @@ class ExpertExchange(Protocol):
         x_TH fp32, topk_expert_TK int64 logical experts, topk_weight_TK fp32; all contiguous; T may be 0, and then the
         call still takes part in the round. `layer` counts all layers. Raises VoidRound; nothing else is retried.
         """
+        ...
+
+
+@runtime_checkable
+class PassExchange(ExpertExchange, Protocol):
+    """One that can also compute all layers at once."""
+
+    def run_pass(self, model: CompiledModel, batch: CheckedBatch) -> Tensor | None:
+        """The whole forward pass, with the same bits: logits fp32 [S, V]. None: layer by layer this time. Raises
+        VoidRound."""
         ...
 
 

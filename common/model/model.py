@@ -2,7 +2,8 @@
 
 A row's logits are the same bits for a sequence alone, in any batch, prefilled in one piece or token by token, and
 under every placement of the experts, since every number is one fixed sequence of operations on the row's own inputs:
-kernels/cpu spells them out, and a layer is a few calls of it.
+kernels/cpu spells them out. A layer is a few calls of it; or a whole pass is one, where
+the exchange of the experts allows.
 
 Legend: T tokens, H hidden, V vocabulary, K experts per token, R requests, W block table width, S rows with logits,
 L layers; the cache is [layers, blocks, rows of a block, row floats].
@@ -18,13 +19,14 @@ from torch import Tensor
 from common.model.architecture import LatentAttentionShape
 from common.model.checkpoint import Checkpoint
 from common.model.config import ModelConfig
-from common.model.experts import ExpertExchange
+from common.model.experts import ExpertExchange, PassExchange
 from common.model.grouped_attention import grouped_attention
 from common.model.kv_cache import Int64Array, kv_cache_shape
 from common.model.latent_attention import latent_attention
 from common.model.rotary import turns
 from common.model.routing import mlp_weights, routing
 from kernels.cpu.batch import Bounds, CheckedBatch
+from kernels.cpu.forward import CompiledModel, LayerKernels
 from kernels.cpu.linear import PackedWeight
 from kernels.cpu.mlp import DenseKernel, HeadKernel, Norm, add_experts, embed
 
@@ -58,11 +60,11 @@ class Batch:
 class _DenseMlp:
     def __init__(self, checkpoint: Checkpoint, layer: int, norm: Norm) -> None:
         inner_size = checkpoint.config.intermediate_size
-        self._kernel = DenseKernel(norm, mlp_weights(checkpoint, f"model.layers.{layer}.mlp", inner_size))
+        self.kernel = DenseKernel(norm, mlp_weights(checkpoint, f"model.layers.{layer}.mlp", inner_size))
 
     def run(self, x_TH: Tensor) -> None:
         """Adds to x_TH what the layer makes of it."""
-        self._kernel.run(x_TH)
+        self.kernel.run(x_TH)
 
 
 class _Moe:
@@ -70,11 +72,11 @@ class _Moe:
 
     def __init__(self, checkpoint: Checkpoint, layer: int, exchange: ExpertExchange, norm: Norm) -> None:
         self._config, self._layer, self._exchange = checkpoint.config, layer, exchange
-        self._kernel = routing(checkpoint, layer, norm)
+        self.kernel = routing(checkpoint, layer, norm)
 
     def run(self, x_TH: Tensor) -> None:
         """Adds to x_TH what the layer makes of it."""
-        routed = self._kernel.route(x_TH)
+        routed = self.kernel.route(x_TH)
         out_TH = self._exchange.run(self._layer, routed.normed_TH, routed.expert_TK, routed.weight_TK)
         add_experts(x_TH, routed.shared_TH, out_TH)
 
@@ -125,6 +127,7 @@ class Model:
         if kv_cache_LBPC.dtype != torch.float32 or not kv_cache_LBPC.is_contiguous():
             raise ValueError("KV cache must be contiguous fp32")
         self.config: ModelConfig = config
+        self._exchange = exchange if isinstance(exchange, PassExchange) else None
         self.kv_cache_LBPC = kv_cache_LBPC
         self._cache_addresses_L = [layer_BPC.data_ptr() for layer_BPC in kv_cache_LBPC]
         self._bounds = Bounds(config.vocab_size, num_blocks, block_size, turns(config))
@@ -134,6 +137,11 @@ class Model:
         if not config.tie_word_embeddings:
             head = checkpoint.tensor("lm_head.weight", (config.vocab_size, config.hidden_size))
         self._head = HeadKernel(_norm(checkpoint, "model.norm"), PackedWeight(head))
+        kernels = [
+            LayerKernels(layer.attention, cache_address, layer.mlp.kernel)
+            for layer, cache_address in zip(self._layers, self._cache_addresses_L, strict=True)
+        ]
+        self._compiled = CompiledModel(kernels, self._embedding, self._head)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, on_kv: Callable[[int], None] | None = None) -> Tensor:
@@ -143,11 +151,6 @@ class Model:
         position, request, block or row out of range, before anything is written, and VoidRound when the exchange does;
         the cache rows written until then are void.
         """
-        if len(batch.token_ids_T) == 0:
-            for layer in self._layers:
-                if isinstance(layer.mlp, _Moe):
-                    layer.mlp.run_empty()
-            return torch.empty((0, self.config.vocab_size))
         checked = CheckedBatch(
             batch.token_ids_T,
             batch.position_T,
@@ -156,6 +159,15 @@ class Model:
             batch.logit_index_S,
             self._bounds,
         )
+        logits_SV = self._exchange.run_pass(self._compiled, checked) if self._exchange and on_kv is None else None
+        return self._layer_by_layer(checked, on_kv) if logits_SV is None else logits_SV
+
+    def _layer_by_layer(self, checked: CheckedBatch, on_kv: Callable[[int], None] | None) -> Tensor:
+        if checked.num_tokens == 0:
+            for layer in self._layers:
+                if isinstance(layer.mlp, _Moe):
+                    layer.mlp.run_empty()
+            return torch.empty((0, self.config.vocab_size))
         x_TH = embed(checked, self._embedding)
         for number, (layer, cache_address) in enumerate(zip(self._layers, self._cache_addresses_L, strict=True)):
             layer.attention.run(checked, cache_address, x_TH)

@@ -11,7 +11,7 @@
 #include "model.h"
 #include "nonlinear.h"
 
-typedef struct {
+typedef struct attention {
     int64_t hidden, row_size, num_pairs; /* the last 2 * num_pairs floats of a query or key rotate */
     heads_t heads;
     packed_t query_a, query, key_value, output;

@@ -70,7 +70,7 @@ class AttentionKernel:
             weights.eps,
             weights.inner_eps,
         )
-        self._pointer = ctypes.addressof(self._structure)
+        self.pointer = ctypes.addressof(self._structure)
 
     def run(self, batch: CheckedBatch, cache_address: int, x_TH: Tensor) -> None:
         """x_TH += attention(norm(x_TH)), fp32, contiguous; the cache rows of the batch's tokens are written first.
@@ -78,7 +78,7 @@ class AttentionKernel:
         cache_address: the layer's cache, fp32 [num_blocks, block_size, C] within the batch's bounds. A token's bits
         depend on the request's own rows up to its position and on nothing else.
         """
-        if _attention()(self._pointer, batch.pointer, cache_address, x_TH.data_ptr()):
+        if _attention()(self.pointer, batch.pointer, cache_address, x_TH.data_ptr()):
             raise MemoryError("no memory for attention")
 
 

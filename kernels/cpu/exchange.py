@@ -11,13 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.cpu.experts import ExpertTable
 from kernels.cpu.library import POINTER, SIZE, kernel_function
 from kernels.heap_layout import HeapLayout
 from kernels.heap_window import Int32Array, OwnWords
 
 ROUTING_FINE, UNKNOWN_RANK, UNKNOWN_EXPERT = range(3)
-WAITS_FOR_TOKENS, WAITS_FOR_ROWS, LAYER_DONE = range(3)
 PENDING, COMPLETE, FUTURE_WORD, HOST_POISON, PEER_POISON = range(5)
 
 _Int64Array = npt.NDArray[np.int64]
@@ -51,19 +49,6 @@ class _Wait(ctypes.Structure):
         ("is_missing_W", ctypes.c_void_p),
         ("waited_ns_W", ctypes.c_void_p),
         ("end", ctypes.c_int64),
-    ]
-
-
-class _Layer(ctypes.Structure):
-    """layer_t"""
-
-    _fields_ = [
-        ("expert_at", ctypes.c_void_p),
-        ("num_experts", ctypes.c_int64),
-        ("inter", ctypes.c_int64),
-        ("rows_NH", ctypes.c_void_p),
-        ("out_TH", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("num_tokens", "own_ns", "stage")),
     ]
 
 
@@ -115,10 +100,7 @@ class CompiledExchange:
             **{name: _address(getattr(self, name)) for name in _ADDRESSES.split()[2:]},
         )
         self._wait = _Wait(is_missing_W=_address(self.is_missing_W), waited_ns_W=_address(self.waited_ns_W))
-        self._rows_NH = np.zeros((most, ep.hidden_size), np.float32)  # pages that are never written take no memory
-        self._layer = _Layer(rows_NH=_address(self._rows_NH))
-        self._layer_at = ctypes.addressof(self._layer)
-        self._at, self._wait_at = ctypes.addressof(self._exchange), ctypes.addressof(self._wait)
+        self.pointer, self.wait_pointer = ctypes.addressof(self._exchange), ctypes.addressof(self._wait)
         # Looked up now, not in the middle of the first round that others wait for.
         self._route = kernel_function("regrow_route_tokens", POINTER, SIZE, POINTER, POINTER, POINTER, is_brief=True)
         self._send = kernel_function("regrow_send_tokens", POINTER, SIZE, POINTER, SIZE, is_brief=True)
@@ -127,7 +109,6 @@ class CompiledExchange:
         self._add_up = kernel_function("regrow_add_up", POINTER, SIZE, POINTER, is_brief=True)
         self._ring = kernel_function("regrow_ring", POINTER, is_brief=True)
         self._look = kernel_function("regrow_wait", POINTER, POINTER, is_brief=True)
-        self._finish_layer = kernel_function("regrow_finish_layer", POINTER, POINTER, POINTER)
         self._sleep = kernel_function("regrow_wait", POINTER, POINTER)
 
     def set_members(self, members: Sequence[int]) -> None:
@@ -145,49 +126,33 @@ class CompiledExchange:
         """Writes the headers of the rows; says what is wrong with them, and then they may be anything. int64, float32,
         contiguous."""
         addresses = rank_TK.data_ptr(), local_TK.data_ptr(), weight_TK.data_ptr()
-        self._route(self._at, len(rank_TK), *addresses)
+        self._route(self.pointer, len(rank_TK), *addresses)
         return int(self._exchange.fault)
 
     def send(self, x_TH: torch.Tensor) -> None:
         """Sends the rows that were routed last. Rows contiguous."""
-        self._send(self._at, len(x_TH), x_TH.data_ptr(), x_TH.stride(0))
+        self._send(self.pointer, len(x_TH), x_TH.data_ptr(), x_TH.stride(0))
 
     def read(self) -> int:
         """Number of entries; they lie in ``row_N`` and the others."""
-        self._read(self._at)
+        self._read(self.pointer)
         return int(self._exchange.num_entries)
 
     def give_back(self, rows_NH: torch.Tensor) -> None:
         """To the owners of what was read last. Contiguous."""
-        self._return(self._at, rows_NH.data_ptr())
+        self._return(self.pointer, rows_NH.data_ptr())
 
     def add_up(self, num_tokens: int) -> torch.Tensor:
         out_TH = torch.empty(num_tokens, self._exchange.hidden_size)
-        self._add_up(self._at, num_tokens, out_TH.data_ptr())
+        self._add_up(self.pointer, num_tokens, out_TH.data_ptr())
         return out_TH
 
-    def finish_layer(self, table: ExpertTable, num_tokens: int, most_ns: int) -> tuple[int, torch.Tensor]:
-        """After the words of a dispatch are out and `begin_wait` was called for those of the others: rings, waits,
-        computes the experts, returns their rows, publishes the words of the combine, rings, waits, adds up. (how far it
-        came, the sums if that is LAYER_DONE.)"""
-        layer, out_TH = self._layer, torch.empty(num_tokens, self._exchange.hidden_size)
-        layer.expert_at, layer.num_experts, layer.inter = table.pointer, table.num_slots, table.intermediate_size
-        layer.num_tokens, layer.out_TH, self._wait.most_ns = num_tokens, out_TH.data_ptr(), most_ns
-        self._finish_layer(self._at, self._wait_at, self._layer_at)
-        return int(layer.stage), out_TH
-
-    @property
-    def own_ns(self) -> int:
-        """Of the last `finish_layer`, without its waits."""
-        return int(self._layer.own_ns)
-
-    @property
-    def num_entries(self) -> int:
-        """Read last."""
-        return int(self._exchange.num_entries)
-
     def ring(self) -> None:
-        self._ring(self._at)
+        self._ring(self.pointer)
+
+    def set_floor(self, floor: int) -> None:
+        """Of the waits in a pass: the lowest word of the epoch."""
+        self._wait.floor = floor
 
     def begin_wait(self, words: OwnWords, step: int, floor: int) -> None:
         wait = self._wait
@@ -197,7 +162,7 @@ class CompiledExchange:
     def wait(self, most_ns: int) -> int:
         """A part of the wait that was begun, or all of it; PENDING: not over."""
         self._wait.most_ns = most_ns
-        (self._sleep if most_ns else self._look)(self._at, self._wait_at)
+        (self._sleep if most_ns else self._look)(self.pointer, self.wait_pointer)
         return int(self._wait.end)
 
 

@@ -26,7 +26,7 @@ void mlp(const mlp_t *m, const float *x, int64_t num_rows, float *scratch, float
     gemm(inner, m->down.inner, num_rows, panels(m->down), out, m->down.outer);
 }
 
-typedef struct {
+typedef struct dense {
     const float *norm;
     double eps;
     mlp_t mlp;

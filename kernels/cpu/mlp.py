@@ -40,11 +40,11 @@ class DenseKernel:
     def __init__(self, norm: Norm, weights: MlpWeights) -> None:
         self._kept = norm, weights
         self._structure = structures.Dense(norm.weight_H.data_ptr(), norm.eps, weights.structure)
-        self._pointer = ctypes.addressof(self._structure)
+        self.pointer = ctypes.addressof(self._structure)
 
     def run(self, x_TH: Tensor) -> None:
         """x_TH += mlp(norm(x_TH)), fp32, contiguous."""
-        if _dense()(self._pointer, len(x_TH), x_TH.data_ptr()):
+        if _dense()(self.pointer, len(x_TH), x_TH.data_ptr()):
             raise MemoryError("no memory for an MLP")
 
 
@@ -78,7 +78,7 @@ class MoeKernel:
 
     def __init__(self, norm: Norm, gate: PackedWeight, choice: Choice, shared: MlpWeights | None) -> None:
         self._kept = norm, gate, choice, shared
-        self._top_k, self._has_shared = choice.top_k, shared is not None
+        self.num_experts, self.top_k, self.has_shared = gate.outer, choice.top_k, shared is not None
         self._structure = structures.Moe(
             norm.weight_H.data_ptr(),
             None if choice.bias_E is None else choice.bias_E.data_ptr(),
@@ -93,17 +93,17 @@ class MoeKernel:
             choice.num_kept_groups,
             choice.num_scored,
         )
-        self._pointer = ctypes.addressof(self._structure)
+        self.pointer = ctypes.addressof(self._structure)
 
     def route(self, x_TH: Tensor) -> Routed:
         """x_TH fp32, contiguous; not changed."""
         num_tokens = len(x_TH)
-        expert_TK = torch.empty(num_tokens, self._top_k, dtype=torch.int64)
-        weight_TK, normed_TH = torch.empty(num_tokens, self._top_k), torch.empty_like(x_TH)
-        shared_TH = torch.empty_like(x_TH) if self._has_shared else None
+        expert_TK = torch.empty(num_tokens, self.top_k, dtype=torch.int64)
+        weight_TK, normed_TH = torch.empty(num_tokens, self.top_k), torch.empty_like(x_TH)
+        shared_TH = torch.empty_like(x_TH) if self.has_shared else None
         outputs = (normed_TH.data_ptr(), expert_TK.data_ptr(), weight_TK.data_ptr())
         shared = None if shared_TH is None else shared_TH.data_ptr()
-        if _route()(self._pointer, x_TH.data_ptr(), num_tokens, *outputs, shared):
+        if _route()(self.pointer, x_TH.data_ptr(), num_tokens, *outputs, shared):
             raise MemoryError("no memory for routing")
         return Routed(normed_TH, expert_TK, weight_TK, shared_TH)
 
@@ -119,13 +119,14 @@ def add_experts(x_TH: Tensor, shared_TH: Tensor | None, routed_TH: Tensor) -> No
 class HeadKernel:
     def __init__(self, norm: Norm, weight: PackedWeight) -> None:
         self._kept = norm, weight
+        self.num_outputs = weight.outer
         self._structure = structures.Head(norm.weight_H.data_ptr(), norm.eps, weight.structure)
-        self._pointer = ctypes.addressof(self._structure)
+        self.pointer = ctypes.addressof(self._structure)
 
     def run(self, batch: CheckedBatch, x_TH: Tensor) -> Tensor:
         """Logits fp32 [S, V] of the rows that the batch asks for."""
-        logits_SV = torch.empty(batch.num_logits, self._structure.weight.outer)
-        if _head()(self._pointer, batch.pointer, x_TH.data_ptr(), logits_SV.data_ptr()):
+        logits_SV = torch.empty(batch.num_logits, self.num_outputs)
+        if _head()(self.pointer, batch.pointer, x_TH.data_ptr(), logits_SV.data_ptr()):
             raise MemoryError("no memory for logits")
         return logits_SV
 

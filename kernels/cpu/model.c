@@ -33,7 +33,7 @@ EXPORT void regrow_embed(const batch_t *b, const float *embedding, int64_t hidde
         memcpy(x + t * hidden, embedding + b->token[t] * hidden, (size_t)hidden * sizeof(float));
 }
 
-typedef struct {
+typedef struct head {
     const float *norm;
     double eps;
     packed_t weight;

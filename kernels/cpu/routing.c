@@ -7,7 +7,7 @@
 #include "mlp.h"
 #include "nonlinear.h"
 
-typedef struct {
+typedef struct moe {
     const float *norm, *bias; /* bias [E] takes part in the choice, not in the weight; or none */
     double eps, scaling;      /* scaling: times every weight, rounded to fp32 */
     packed_t gate;

@@ -1,4 +1,4 @@
-"""What C reads of a model and a batch: the structures of model.h, attention.c, mlp.c and routing.c, member by member.
+"""What C reads of a model and a batch: the structures of model.h, attention.c, mlp.c, routing.c, forward.c, by member.
 
 Addresses are plain numbers here, so whoever fills a structure keeps the tensors behind it.
 """
@@ -38,6 +38,21 @@ class Moe(ctypes.Structure):
         ("num_groups", _Size),
         ("num_kept_groups", _Size),
         ("num_scored", _Size),
+    )
+
+
+class Layer(ctypes.Structure):
+    _fields_ = (("attention", _Address), ("cache", _Address), ("dense", _Address), ("moe", _Address))
+
+
+class Model(ctypes.Structure):
+    _fields_ = (
+        ("layers", _Address),
+        ("num_layers", _Size),
+        ("embedding", _Address),
+        ("head", _Address),
+        ("num_experts", _Size),
+        ("has_shared", _Size),
     )
 
 

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from common.model.experts import VoidRound
 from common.pace import Pace
-from common.replica_choice import ReplicaChoice
+from common.replica_choice import NUM_COLUMNS, ReplicaChoice
 from kernels.compiled_group import CompiledGroup
+from kernels.cpu.batch import CheckedBatch
 from kernels.cpu.experts import expert_rows
+from kernels.cpu.forward import CompiledModel, Copies, RoutedExperts
 from kernels.reference import ElasticGroup
 from services.decode.expert_slots import ExpertSlots
 from services.decode.load_counts import LoadCounts
@@ -37,16 +39,27 @@ class ElasticExchange:
         self._slots, self._pace, self._ordered = slots, pace, ordered
         self._moe_layer = {layer: number for number, layer in enumerate(moe_layers)}
         self._group: ElasticGroup | None = None
+        self._experts: RoutedExperts | None = None
         self._choice: ReplicaChoice | None = None
         self._num_sent = 0
         self.has_orphans = False
         self._missed_T: npt.NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
-        self.num_operations = 0
+        self._num_operations: npt.NDArray[np.int64] = np.zeros(1, np.int64)
         self.load = LoadCounts(len(moe_layers), num_logical_experts)
 
     def enter(self, group: ElasticGroup, choice: ReplicaChoice, has_orphans: bool = False) -> None:
         self._group, self._choice, self.has_orphans = group, choice, has_orphans
         self.load.on_epoch()
+        layers = self._moe_layer.values()
+        copies = [Copies(*choice.tables(layer), self._slots.table(layer)) for layer in layers]
+        self._experts = RoutedExperts(
+            copies, NUM_COLUMNS, self.load.tokens_LE, self.load.served_L, self._num_operations
+        )
+
+    @property
+    def num_operations(self) -> int:
+        """Completed so far. From any thread."""
+        return int(self._num_operations[0])
 
     def begin(self, num_tokens: int) -> npt.NDArray[np.bool_]:
         """Before each forward pass. Which of its tokens were routed to an expert without live copy is noted in what
@@ -67,37 +80,40 @@ class ElasticExchange:
         if self.has_orphans:
             self._missed_T |= (rank_TK < 0).any(axis=1)
         sent = x_TH, _tensor(rank_TK), _tensor(local_TK), topk_weight_TK
-        if isinstance(group, CompiledGroup) and self._ordered and self._pace.factor == 1.0 and not group.has_link_fault:
-            out_TH, num_served = self._at_once(group, moe_layer, sent)
-        else:
-            out_TH, num_served = self._step_by_step(group, moe_layer, sent)
+        out_TH, num_served = self._step_by_step(group, moe_layer, sent)
         self.load.on_layer(moe_layer, logical_TK, num_served)
         return out_TH
 
-    def _at_once(self, group: CompiledGroup, moe_layer: int, sent: _Sent) -> tuple[Tensor, int]:
+    def run_pass(self, model: CompiledModel, batch: CheckedBatch) -> Tensor | None:
+        """See `common.model.experts.ExpertExchange`. Layer by layer while a fault acts between the operations."""
+        group, experts = self._group, self._experts
+        assert experts is not None, "no epoch entered"
+        if not isinstance(group, CompiledGroup) or not self._ordered or self._pace.factor > 1.0 or group.has_link_fault:
+            return None
         self._pace.pause()
-        out_TH = group.run_experts(*sent, self._slots.table(moe_layer))
-        if out_TH is None:
+        logits_SV = group.run_pass(model, batch, experts)
+        if logits_SV is None:
             raise VoidRound
-        self.num_operations += 2
-        self._pace.resume()
         self._pace.add(group.own_s)
-        return out_TH, group.num_served
+        self._pace.resume()
+        if self.has_orphans:
+            self._missed_T |= group.missed_T(batch.num_tokens)
+        return logits_SV
 
     def _step_by_step(self, group: ElasticGroup, moe_layer: int, sent: _Sent) -> tuple[Tensor, int]:
-        """The same, with this rank's own work between the waits, where a fault can slow it down."""
+        """With this rank's own work between the waits, where a fault can slow it down."""
         self._pace.pause()
         received = group.dispatch(*sent)
         if received is None:
             raise VoidRound
-        self.num_operations += 1
+        self._num_operations[0] += 1
         self._pace.resume()
         rows_NH = expert_rows(received.x_SH, received.row_N, received.local_expert_N, self._slots.table(moe_layer))
         self._pace.pause()
         out_TH = group.combine(rows_NH, received, ordered=self._ordered)
         if out_TH is None:
             raise VoidRound
-        self.num_operations += 1
+        self._num_operations[0] += 1
         self._pace.resume()
         return out_TH, received.num_entries
 

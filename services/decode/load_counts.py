@@ -23,26 +23,28 @@ class CountedLoad:
 
 
 class LoadCounts:
+    """``tokens_LE`` and ``served_L`` stay where they are: a compiled pass counts in them."""
+
     def __init__(self, num_moe_layers: int, num_logical_experts: int) -> None:
-        self._tokens_LE: npt.NDArray[np.int64] = np.zeros((num_moe_layers, num_logical_experts), dtype=np.int64)
-        self._served_L = [0] * num_moe_layers
+        self.tokens_LE: npt.NDArray[np.int64] = np.zeros((num_moe_layers, num_logical_experts), dtype=np.int64)
+        self.served_L: npt.NDArray[np.int64] = np.zeros(num_moe_layers, dtype=np.int64)
         self._served_passes = 0
 
     def on_epoch(self) -> None:
-        self._served_L, self._served_passes = [0] * len(self._served_L), 0
+        self.served_L[:] = self._served_passes = 0
 
     def on_pass(self) -> None:
         """Before its first layer. A pass that becomes void ends the epoch, and its count with it."""
         self._served_passes += 1
 
     def on_layer(self, moe_layer: int, logical_TK: npt.NDArray[np.int64], num_served: int) -> None:
-        self._tokens_LE[moe_layer] += np.bincount(logical_TK.ravel(), minlength=self._tokens_LE.shape[1])
-        self._served_L[moe_layer] += num_served
+        self.tokens_LE[moe_layer] += np.bincount(logical_TK.ravel(), minlength=self.tokens_LE.shape[1])
+        self.served_L[moe_layer] += num_served
 
     def take(self) -> CountedLoad:
         """Since the last call."""
-        tokens = tuple(tuple(row) for row in self._tokens_LE.tolist())
-        counted = CountedLoad(tokens, tuple(self._served_L), self._served_passes)
-        self._tokens_LE[:] = 0
+        tokens = tuple(tuple(row) for row in self.tokens_LE.tolist())
+        counted = CountedLoad(tokens, tuple(self.served_L.tolist()), self._served_passes)
+        self.tokens_LE[:] = 0
         self.on_epoch()
         return counted

@@ -16,7 +16,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kernels.compiled_group import CompiledGroup
-from kernels.cpu.experts import ExpertTable, expert_rows
 from kernels.epoch_state import VoidReason
 from kernels.heap_layout import EpShape, HeapLayout
 from kernels.reference import ElasticGroup
@@ -267,67 +266,3 @@ def test_what_is_lost_on_a_link_is_neither_sent_nor_seen(heap_dir: Path) -> None
         assert found[1] is False
         assert cluster.ranks[1].void_reason is VoidReason.DEADLINE
         assert deaf.num_in > 0
-
-
-def random_table(seed: int) -> ExpertTable:
-    generator, inter = torch.Generator().manual_seed(seed), 16
-    table = ExpertTable(SHAPE.hidden_size, inter, NUM_LOCAL)
-    for slot in range(NUM_LOCAL):
-        table.put(slot, torch.randn(3 * SHAPE.hidden_size * inter, generator=generator))
-    return table
-
-
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.data(), st.sampled_from(["nobody", "dispatch", "combine"]))
-def test_a_layer_at_once_is_the_same_bits_as_in_steps(draw: st.DataObject, late: str) -> None:
-    """Rank 2 goes step by step, and may be later than C waits for it at a time."""
-    routings = [Routing(draw, SHAPE) for _ in RANKS]
-    tables = [random_table(rank) for rank in RANKS]
-
-    def in_steps(group: ElasticGroup, late: str) -> torch.Tensor | None:
-        mine, table = routings[group.rank], tables[group.rank]
-        time.sleep(0.03 if late == "dispatch" else 0.0)
-        received = group.dispatch(mine.x_TH, mine.rank_TK, mine.local_TK, mine.weight_TK)
-        assert received is not None
-        rows_NH = expert_rows(received.x_SH, received.row_N, received.local_expert_N, table)
-        time.sleep(0.03 if late == "combine" else 0.0)
-        return group.combine(rows_NH, received)
-
-    def at_once(group: ElasticGroup) -> torch.Tensor | None:
-        assert isinstance(group, CompiledGroup)
-        if group.rank == 2:
-            return in_steps(group, late)
-        mine = routings[group.rank]
-        return group.run_experts(mine.x_TH, mine.rank_TK, mine.local_TK, mine.weight_TK, tables[group.rank])
-
-    with TemporaryDirectory(dir="/dev/shm") as directory, local_group(Path(directory), 3, compiled=RANKS) as cluster:
-        cluster.enter(1, RANKS)
-        got = [cluster.run(at_once) for _ in range(2)]
-        wanted = cluster.run(lambda group: in_steps(group, ""))
-        assert all(cluster.run(lambda group: group.allgather([])).values())
-        for outputs in got:
-            for rank in RANKS:
-                assert outputs[rank] is not None
-                assert torch.equal(outputs[rank], wanted[rank])  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("point", ["dispatch", "combine"])
-def test_a_layer_at_once_accuses_who_never_comes(heap_dir: Path, point: str) -> None:
-    tokens = torch.zeros(1, 20), torch.ones(1, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64)
-    with local_group(heap_dir, 3, compiled=RANKS) as cluster:
-        cluster.enter(1, RANKS)
-        for group in cluster.ranks:
-            group.deadline_s = 0.1
-
-        def run(group: ElasticGroup) -> object:
-            assert isinstance(group, CompiledGroup)
-            if group.rank < 2:
-                return group.run_experts(*tokens, torch.zeros(1, 3), random_table(0))
-            return group.dispatch(*tokens, torch.zeros(1, 3)) if point == "combine" else None
-
-        results = cluster.run(run)
-        assert results[0] is results[1] is None
-        reasons = {group.void_reason for group in cluster.ranks[:2]}
-        assert VoidReason.DEADLINE in reasons <= {VoidReason.DEADLINE, VoidReason.PEER_POISON}
-        for group in cluster.ranks[:2]:
-            assert group.observation_mask().tolist() == [0, 0, int(group.void_reason is VoidReason.DEADLINE), 0]

@@ -12,8 +12,8 @@ from common.config import ClusterConfig
 from common.ids import RequestId
 from common.messages import Announce, Sampling, TokenBatch
 from common.model.token_choice import choose
-from kernels.compiled_group import CompiledGroup
-from kernels.cpu.experts import ExpertTable
+from kernels.cpu.exchange import CompiledExchange
+from services.decode.elastic_exchange import ElasticExchange
 from services.decode.request import Computed, Step
 from tests.services.decode_group import ROUTER, Request, decode_group, tiny_config
 from tests.services.rank_requests import assert_exact, prompts, submit_all
@@ -119,25 +119,21 @@ def test_reduced_combine_is_equal_up_to_rounding(tmp_path: Path) -> None:
 
 def test_a_dropped_expert_row_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison of the other tests is worth something: one wrong row in one round changes bits."""
-    num_calls, whole = 0, CompiledGroup.run_experts
+    num_calls, route = 0, CompiledExchange.route
 
     def dropping(
-        group: CompiledGroup,
-        x_TH: torch.Tensor,
-        rank_TK: torch.Tensor,
-        local_TK: torch.Tensor,
-        weight_TK: torch.Tensor,
-        table: ExpertTable,
-    ) -> torch.Tensor | None:
+        exchange: CompiledExchange, rank_TK: torch.Tensor, local_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> int:
         nonlocal num_calls
-        num_calls += len(x_TH) > 0
-        if num_calls == 5 and len(x_TH):
+        num_calls += len(rank_TK) > 0
+        if num_calls == 5 and len(rank_TK):
             weight_TK = weight_TK.clone()
             weight_TK[0, 0] = 0.0
             num_calls += 1
-        return whole(group, x_TH, rank_TK, local_TK, weight_TK, table)
+        return route(exchange, rank_TK, local_TK, weight_TK)
 
-    monkeypatch.setattr(CompiledGroup, "run_experts", dropping)
+    monkeypatch.setattr(ElasticExchange, "run_pass", lambda *_: None)  # layer by layer, where it can be reached
+    monkeypatch.setattr(CompiledExchange, "route", dropping)
     with decode_group(2, tmp_path) as group:
         group.form(2)
         requests = prompts(4)

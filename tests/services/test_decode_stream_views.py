@@ -25,10 +25,11 @@ class Hang:
         engine = group.ranks[rank].engine
         assert engine.group is not None
         assert isinstance(engine.group, CompiledGroup)
-        # The words of the dispatch are out, those of the combine are not.
-        compiled, self._left = engine.group._compiled, after
-        finish = compiled.finish_layer
-        compiled.finish_layer = lambda *args, **options: self._pass(finish, args, options)  # type: ignore[method-assign]
+        assert engine._exchange is not None
+        # This rank goes layer by layer. The words of the dispatch are out, those of the combine are not.
+        engine._exchange.run_pass = lambda model, batch: None  # type: ignore[method-assign]
+        combine, self._left = engine.group.combine, after
+        engine.group.combine = lambda *args, **options: self._pass(combine, args, options)  # type: ignore[method-assign]
 
     def _pass(self, combine: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         self._left -= 1

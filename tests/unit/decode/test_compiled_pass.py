@@ -1,0 +1,216 @@
+"""A forward pass with its exchanges in one call of C, against the same layer by layer."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from common.config import DecodeConfig
+from common.model.checkpoint import Checkpoint
+from common.model.experts import VoidRound
+from common.model.kv_cache import kv_cache_shape
+from common.model.model import Batch, Model
+from common.pace import Pace
+from common.placement import initial_placement, num_local_experts
+from common.replica_choice import ReplicaChoice
+from kernels.compiled_group import CompiledGroup
+from kernels.epoch_state import CLEAN, VoidReason
+from kernels.heap_layout import EpShape
+from kernels.reference import ElasticGroup
+from services.decode.elastic_exchange import ElasticExchange
+from services.decode.expert_slots import ExpertSlots
+from services.decode.load_counts import CountedLoad
+from tests.kernels.local_group import LocalGroup, local_group
+from tests.unit.model.tiny_models import TINY_RANDOM, int64
+
+RANKS = (0, 1, 2)
+DECODE = DecodeConfig(num_ranks=3, max_ranks=4)
+NUM_TOKENS = 5
+
+
+class Rank:
+    """Model and exchange of one rank. ``late(operation)`` is called before each operation of a rank that goes layer by
+    layer."""
+
+    def __init__(self, group: ElasticGroup, missing_expert: int | None = None) -> None:
+        checkpoint = Checkpoint.open(TINY_RANDOM)
+        config, layout = checkpoint.config, checkpoint.expert_layout
+        num_local = num_local_experts(DECODE, config.n_routed_experts)
+        num_rows = num_local * config.num_moe_layers
+        slots = ExpertSlots(
+            torch.zeros(num_rows, layout.row_size),
+            torch.zeros(num_rows, 4, dtype=torch.int64),
+            layout,
+            config.num_moe_layers,
+            num_local,
+            lambda layer, expert, row: checkpoint.read_expert(config.moe_layers[layer], expert, row),
+        )
+        sizes = config.num_moe_layers, config.n_routed_experts
+        placement = initial_placement(*sizes, DECODE.max_ranks, len(RANKS), num_local)
+        slots.adopt([rows[group.rank] for rows in placement], 1)
+        rows = tuple(
+            tuple(tuple(-1 if expert == missing_expert else expert for expert in held) for held in of_layer)
+            for of_layer in placement
+        )
+        self.group = group
+        self.exchange = ElasticExchange(slots, config.moe_layers, config.n_routed_experts, Pace(time.monotonic, _skip))
+        choice = ReplicaChoice(rows, RANKS, config.n_routed_experts, group.rank)
+        self.exchange.enter(group, choice, has_orphans=missing_expert is not None)
+        self.cache = torch.full(kv_cache_shape(config, 8, 16), float("nan"))
+        self.model = Model(checkpoint, self.exchange, self.cache)
+        self.missed: list[bool] = []
+
+    def go_layer_by_layer(self, late: Callable[[str], None]) -> None:
+        dispatch, combine = self.group.dispatch, self.group.combine
+
+        def late_dispatch(*args: Tensor) -> object:
+            late("dispatch")
+            return dispatch(*args)
+
+        def late_combine(*args: object, **options: object) -> object:
+            late("combine")
+            return combine(*args, **options)  # type: ignore[arg-type]
+
+        self.group.dispatch, self.group.combine = late_dispatch, late_combine  # type: ignore[method-assign, assignment]
+        self.exchange.run_pass = lambda model, batch: None  # type: ignore[method-assign]
+
+    def passes(self, number: int) -> list[Tensor]:
+        """Of requests that differ from rank to rank; rank 2 has no token in every second pass."""
+        logits, table = [], int64([[1, 2], [5, 4], [3, 0]])
+        every = 2 if self.group.rank == 2 else 1
+        for turn in range(number):
+            position, num_tokens = turn // every, 0 if turn % every else 3
+            index = np.arange(num_tokens)
+            tokens = int64([(7 * self.group.rank + 3 * row + position) % 250 for row in range(num_tokens)])
+            missed_T = self.exchange.begin(num_tokens)
+            logits.append(self.model.forward(Batch(tokens, np.full(num_tokens, position), index, table, index)))
+            self.missed += missed_T.tolist()
+        return logits
+
+
+def _skip(_: float) -> None:
+    pass
+
+
+@contextmanager
+def three_ranks(directory: Path, missing_expert: int | None = None) -> Iterator[tuple[LocalGroup, list[Rank]]]:
+    config = Checkpoint.open(TINY_RANDOM).config
+    shape = EpShape(DECODE.max_ranks, NUM_TOKENS, config.num_experts_per_tok, config.hidden_size)
+    directory.mkdir()
+    with local_group(directory, 3, shape=shape, compiled=RANKS) as cluster:
+        cluster.enter(1, RANKS)
+        yield cluster, [Rank(group, missing_expert) for group in cluster.ranks]
+
+
+Outcome = tuple[dict[int, list[Tensor]], list[CountedLoad | None], list[list[bool]], list[Tensor], list[int]]
+
+
+def outcome(directory: Path, prepare: Callable[[list[Rank]], None], missing_expert: int | None = None) -> Outcome:
+    """What four passes gave: logits, loads, tokens that missed an expert, caches, operations."""
+    with three_ranks(directory, missing_expert) as (cluster, ranks):
+        prepare(ranks)
+        logits = cluster.run(lambda group: ranks[group.rank].passes(4))
+        assert all(cluster.run(lambda group: group.allgather([])).values())
+        assert all(rank.group.status == CLEAN for rank in ranks)
+        return (
+            logits,
+            [rank.exchange.load.take() for rank in ranks],
+            [rank.missed for rank in ranks],
+            [rank.cache for rank in ranks],
+            [rank.exchange.num_operations for rank in ranks],
+        )
+
+
+def all_layer_by_layer(ranks: list[Rank]) -> None:
+    for rank in ranks:
+        rank.go_layer_by_layer(lambda operation: None)
+
+
+@pytest.mark.parametrize("late", ["nobody", "dispatch", "combine"])
+@pytest.mark.parametrize("missing_expert", [None, 3])
+def test_a_pass_at_once_is_the_same_in_every_respect(tmp_path: Path, late: str, missing_expert: int | None) -> None:
+    """Who is late goes layer by layer, and is later than C waits at a time."""
+
+    def prepare(ranks: list[Rank]) -> None:
+        if late != "nobody":
+            ranks[1].go_layer_by_layer(lambda operation: time.sleep(0.03 if operation == late else 0.0))
+
+    got = outcome(tmp_path / "at-once", prepare, missing_expert)
+    wanted = outcome(tmp_path / "by-layer", all_layer_by_layer, missing_expert)
+    for rank in RANKS:
+        for mine, theirs in zip(got[0][rank], wanted[0][rank], strict=True):
+            assert torch.equal(mine, theirs)
+        assert got[3][rank].numpy().tobytes() == wanted[3][rank].numpy().tobytes()
+    assert got[1] == wanted[1] and any(load and any(load.served) for load in got[1])
+    assert got[2] == wanted[2]
+    assert any(map(any, got[2])) == (missing_expert is not None)
+    assert got[4] == wanted[4] and min(got[4]) > 0
+
+
+@pytest.mark.parametrize("point", ["dispatch", "combine"])
+def test_a_pass_accuses_who_never_comes(tmp_path: Path, point: str) -> None:
+    with three_ranks(tmp_path / "heaps") as (cluster, ranks):
+        gone = threading.Event()
+
+        def late(operation: str) -> None:
+            if operation == point:
+                gone.set()
+                raise VoidRound
+
+        ranks[2].go_layer_by_layer(late)
+        for group in cluster.ranks:
+            group.deadline_s = 0.1
+
+        def run(group: ElasticGroup) -> bool:
+            try:
+                ranks[group.rank].passes(1)
+            except VoidRound:
+                return True
+            return False
+
+        assert cluster.run(run) == dict.fromkeys(RANKS, True) and gone.is_set()
+        reasons = {group.void_reason for group in cluster.ranks[:2]}
+        assert VoidReason.DEADLINE in reasons <= {VoidReason.DEADLINE, VoidReason.PEER_POISON}
+        for group in cluster.ranks[:2]:
+            assert group.observation_mask().tolist() == [0, 0, int(group.void_reason is VoidReason.DEADLINE), 0]
+            before = cluster.snapshot(1 - group.rank)
+            assert isinstance(group, CompiledGroup)
+            with pytest.raises(VoidRound):
+                ranks[group.rank].passes(1)
+            assert torch.equal(cluster.snapshot(1 - group.rank), before), "a void rank published"
+
+
+def test_poison_of_the_host_ends_a_pass(tmp_path: Path) -> None:
+    with three_ranks(tmp_path / "heaps") as (cluster, ranks):
+        ranks[2].go_layer_by_layer(lambda operation: ranks[0].group.poison_self(1) if operation == "combine" else None)
+
+        def run(group: ElasticGroup) -> VoidReason | None:
+            with pytest.raises(VoidRound):
+                ranks[group.rank].passes(2)
+            return group.void_reason
+
+        reasons = cluster.run(run)
+        assert VoidReason.HOST_POISON in reasons.values()
+        assert set(reasons.values()) <= {VoidReason.HOST_POISON, VoidReason.PEER_POISON}
+        assert not any(group.observation_mask().any() for group in cluster.ranks)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    with three_ranks(tmp_path / "heaps") as (cluster, ranks):
+        before = [cluster.snapshot(rank) for rank in RANKS]
+        one, many = np.zeros(1, np.int64), np.zeros(NUM_TOKENS + 1, np.int64)
+        ranks[0].exchange.begin(len(many))
+        with pytest.raises(ValueError, match="at most 5 tokens"):
+            ranks[0].model.forward(Batch(many, many, many, int64([[1]]), many))
+        ranks[0].group._routable_W[:] = False
+        ranks[0].exchange.begin(1)
+        with pytest.raises(ValueError, match="no member"):
+            ranks[0].model.forward(Batch(one, one, one, int64([[1]]), one))
+        for rank in RANKS:
+            assert torch.equal(cluster.snapshot(rank), before[rank])
