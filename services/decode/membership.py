@@ -337,6 +337,8 @@ class Membership:
             self._machine.move(RankState.SERVING, now, f"epoch {view.epoch}")
         # A view that was formed grows from no epoch: roll calls of a group before it are none of its business.
         self.view, self.base_epoch = view, base_epoch or view.epoch
+        if self._next and self._next.epoch <= view.epoch:
+            self._next = None  # a newcomer's, whose heaps were not all there yet
         self.next_placement.forget()
         self.loneliness.on_sign(now)
         # In band too: a join may repair orphans into slots of old members. Not earlier: until the round has ended, the

@@ -1,7 +1,7 @@
 """A rank's epoch state machine: PROTOCOL sections 2 to 5, as far as they concern a rank."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from common.ids import NO_RANK, Epoch, Incarnation, ProcessId, Rank
@@ -339,6 +339,7 @@ def feed(membership: Membership, event: tuple[str, int, int], now: float, pendin
 
 
 @given(st.lists(events, max_size=60))
+@example([("prepare", 2, 0), ("mapped", 0, 0), ("view", 1, 0), ("headers", 0, 0), ("mapped", 0, 0)])
 def test_views_never_go_back_and_always_hold_me(history: list[tuple[str, int, int]]) -> None:
     membership, now, epoch = Membership(ME, 30.0, 0.0), 0.0, 0
     pending: list[Action] = []
