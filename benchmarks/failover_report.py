@@ -132,9 +132,9 @@ def is_perfect(figures: dict[str, Any]) -> bool:
 
 
 def rate(records: Sequence[dict[str, Any]], start: float, end: float) -> float:
-    """Pieces per second that clients received from ``start`` to ``end``."""
-    num_pieces = sum(start <= at < end for record in records for at in record["times"])
-    return float(num_pieces / (end - start))
+    """Tokens per second that clients received from ``start`` to ``end``."""
+    arrivals = (arrival for record in records for arrival in zip(record["times"], record["sizes"], strict=True))
+    return float(sum(size for at, size in arrivals if start <= at < end) / (end - start))
 
 
 def summary(
@@ -148,9 +148,9 @@ def summary(
     during_s = sum(end - start for start, end in disturbed)
     figures: dict[str, Any] = {
         **verdict(records, expected),
-        "pieces_per_s_fault_free": rate(expected, *_span(expected)),
-        "pieces_per_s_while_a_rank_is_missing": sum(rate(records, *w) * (w[1] - w[0]) for w in disturbed) / during_s,
-        "pieces_per_s_overall": rate(records, *span),
+        "tokens_per_s_fault_free": rate(expected, *_span(expected)),
+        "tokens_per_s_while_a_rank_is_missing": sum(rate(records, *w) * (w[1] - w[0]) for w in disturbed) / during_s,
+        "tokens_per_s_overall": rate(records, *span),
     }
     for action in sorted({fault.action for fault in faults}):
         chosen = [fault for fault in faults if fault.action == action]
@@ -185,17 +185,17 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def picture(records: Sequence[dict[str, Any]], faults: Sequence[Fault], span: tuple[float, float]) -> str:
-    """SVG: pieces per second above, the longest open wait below, faults as lines (red: kill, orange: stop), one pixel
+    """SVG: tokens per second above, the longest open wait below, faults as lines (red: kill, orange: stop), one pixel
     column for each half second."""
     start, end = span
     step, width, height = 0.5, 4, 160
     num = max(1, int((end - start) / step))
     rates, waits = [0.0] * num, [0.0] * num
     for record in records:
-        for before, after in itertools.pairwise(record["times"]):
+        for (before, after), size in zip(itertools.pairwise(record["times"]), record["sizes"][1:], strict=True):
             column = int((after - start) / step)
             if 0 <= column < num:
-                rates[column] += 1 / step
+                rates[column] += size / step
                 waits[column] = max(waits[column], after - before)
     parts = [_bars(rates, 20, height, width, "#4477aa"), _bars(waits, 60 + height, height, width, "#222222")]
     for fault in faults:
@@ -203,7 +203,7 @@ def picture(records: Sequence[dict[str, Any]], faults: Sequence[Fault], span: tu
         colour = "#cc3311" if fault.action == "kill" else "#ee7733"
         parts.append(f'<line x1="{x:.0f}" x2="{x:.0f}" y1="20" y2="{60 + 2 * height}" stroke="{colour}"/>')
     labels = (
-        f'<text x="4" y="14">pieces per second, largest {max(rates):.0f}</text>'
+        f'<text x="4" y="14">tokens per second, largest {max(rates):.0f}</text>'
         f'<text x="4" y="{54 + height}">longest wait of any stream, largest {max(waits):.2f} s</text>'
     )
     size = f'width="{num * width}" height="{80 + 2 * height}"'

@@ -90,8 +90,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         **{f"events {kind}": number for kind, number in events.items()},
         "seconds": round(span[1] - span[0]),
         "load_average_at_the_end": loadavg,
-        "pieces_per_s_without_hogs": rate(expected, expected[0]["sent"], expected[-1]["times"][-1]),
-        "pieces_per_s": rate(records, *span),
+        "tokens_per_s_without_hogs": rate(expected, expected[0]["sent"], expected[-1]["times"][-1]),
+        "tokens_per_s": rate(records, *span),
         "gap_s p99": percentile(gaps, 0.99),
         "gap_s max": max(gaps),
     }

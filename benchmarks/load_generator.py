@@ -88,6 +88,7 @@ def _record(index: int, stream: Stream, sent: float) -> dict[str, Any]:
         "text": stream.text,
         "logprobs": [value.hex() for value in stream.logprobs],
         "times": stream.times,
+        "sizes": stream.sizes,
         "finish": stream.finish,
         "error": stream.error,
     }

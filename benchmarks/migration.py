@@ -37,6 +37,7 @@ _POLL_S, _GIVE_UP_S = 0.05, 10.0
 CONFIG = """
 [decode]
 num_redundant_experts = 16
+delivery_interval_s = 0.0
 [planner]
 step_interval = 1000000
 bandwidth_bytes_per_s = {bandwidth}
@@ -77,7 +78,7 @@ async def ask_until(talk: MonitorTalk, url: str, num_moves: int, every_s: float,
 
 
 def gaps_in(records: list[dict[str, Any]], window: tuple[float, float]) -> list[float]:
-    """Between tokens of one stream, both in the window, in seconds."""
+    """Between tokens of one stream, which come after every round, both in the window, in seconds."""
     start, end = window
     return [b - a for record in records for a, b in pairwise(record["times"]) if start <= a and b <= end]
 

@@ -30,6 +30,8 @@ restart_backoff_s = 300.0
 restart_backoff_max_s = 300.0
 [router]
 prefill_wait_s = 0.3
+[decode]
+delivery_interval_s = 0.0
 """
 Rows = dict[str, list[float]]  # what -> milliseconds
 

@@ -83,6 +83,7 @@ class DecodeConfig(_Section, frozen=True):
     combine: Literal["ordered", "reduced"] = "ordered"  # reduced: fewer bytes, and no promise about exact tokens
     operation_deadline_s: float = 2.0  # of dispatch and combine
     idle_poll_s: float = 0.05
+    delivery_interval_s: float = 0.02  # tokens of several rounds leave for a router together; 0 = after every round
     allow_missing_experts: bool = False  # go on without experts that have no live copy, and mark what they lack
     lonely_s: float = 30.0  # neither monitor nor header round for this long: leave the slot
 
@@ -188,8 +189,16 @@ def validate(config: ClusterConfig) -> None:
         raise ValueError(f"router.num_workers must be at least 1, got {config.router.num_workers}")
     if config.prefill.num_workers < 1:
         raise ValueError(f"prefill.num_workers must be at least 1, got {config.prefill.num_workers}")
+    # A router without news asks for them.
+    if not 0 <= decode.delivery_interval_s <= config.router.no_news_s / 2:
+        raise ValueError(
+            f"decode.delivery_interval_s must be 0 or more and at most half of router.no_news_s, "
+            f"got {decode.delivery_interval_s:g}"
+        )
     for section in msgspec.structs.asdict(config).values():
         for key, value in msgspec.structs.asdict(section).items():
+            if key == "delivery_interval_s":
+                continue
             if key == "slow_factor" and (value == 0 or value > 1):
                 continue
             if key == "slow_factor":

@@ -63,7 +63,7 @@ def router_metrics() -> RouterMetrics:
         time_to_first_token=histogram(
             "time_to_first_token_seconds", "From acceptance to the first token", _FIRST_TOKEN_BUCKETS_S
         ),
-        token_gap=histogram("token_gap_seconds", "Between two tokens of one stream", _GAP_BUCKETS_S),
+        token_gap=histogram("token_gap_seconds", "Between two pieces of one stream", _GAP_BUCKETS_S),
         epoch=gauge("epoch", "Epoch of the membership view that this router holds"),
         ranks=gauge("ranks", "Decode ranks, by state", "state"),
     )

@@ -66,6 +66,7 @@ class CompiledWait(WordWait):
             if end is not None:
                 compiled.waited_ns_W[list(self.missing)] += round(1e9 * (clock() - start))
                 return end
+            self.while_waiting()
             # Before the words, as everywhere: a process that was stopped looks once more before it accuses anybody.
             now = clock()
             part_ns = 0 if self._is_late(now - start, deadline_s) else _PART_NS

@@ -127,6 +127,10 @@ class EpochState:
         """From now on ``fault`` says which words between this rank and the others are lost."""
         self._windows.fault = self._wait.fault = fault
 
+    def set_while_waiting(self, call: Callable[[], None]) -> None:
+        """From now on ``call`` is called every few milliseconds of a wait. It must return at once."""
+        self._wait.while_waiting = call
+
     def map_peer(self, rank: int, peer_heap: PeerHeap) -> None:
         """Use ``peer_heap`` for slot ``rank`` from now on, also in place of an earlier one. ValueError if its layout
         differs.

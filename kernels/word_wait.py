@@ -28,6 +28,10 @@ _LONG_SLEEP_S = 0.004
 _NUM_SHORT_SLEEPS = 10
 
 
+def _nothing() -> None:
+    pass
+
+
 class WaitEnd(Enum):
     """Why a wait ended. All but COMPLETE make the rank void."""
 
@@ -43,7 +47,8 @@ class WordWait:
     """The waits of one rank. ``poison`` is the poison row of its own heap, indexed by the writer's slot. ``pause``, for
     tests, is called with the number of polls so far in place of a sleep.
 
-    ``missing`` names the sources without a word now, or when the last wait ended.
+    ``missing`` names the sources without a word now, or when the last wait ended. ``while_waiting`` is called with each
+    look that finds some missing.
     """
 
     def __init__(self, rank: int, poison: memoryview, bell: Doorbell, clock: Clock, pause: Pause | None) -> None:
@@ -55,6 +60,7 @@ class WordWait:
         self._clock = clock
         self._pause = pause
         self.fault: LinkFault | None = None
+        self.while_waiting: Callable[[], None] = _nothing
 
     def waited_ns(self) -> list[int]:
         """Per slot, how long this rank has waited for it so far. From any thread."""
@@ -113,6 +119,7 @@ class WordWait:
                 for source in pending:
                     self._wait_s[source] += now - start
                 return end
+            self.while_waiting()
             if self._pause is not None:
                 self._pause(num_polls)
             elif ring.source == pending[-1]:

@@ -70,7 +70,7 @@ class Tokens(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokenBatch(TaggedStruct, frozen=True):
-    """decode -> router: all that one round committed for the requests of that router."""
+    """decode -> router: what was committed for the requests of that router since it was told last."""
 
     rank: Rank
     incarnation: Incarnation

@@ -12,16 +12,22 @@ import aiohttp
 
 @dataclass(slots=True)
 class Stream:
-    """One request and what came back. ``times``: arrival of each piece of text, monotonic seconds."""
+    """One request and what came back. ``times``: arrival of each piece of text, monotonic seconds; ``sizes``: its
+    number of tokens, 1 where no log-probabilities tell it."""
 
     body: dict[str, Any]
     id: str = ""  # the server's
     text: str = ""
     logprobs: list[float] = field(default_factory=list)  # of the chosen tokens
     times: list[float] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
     finish: str = ""
     error: str = ""
     missing_experts: bool = False  # some token was computed without an expert, which the server may be allowed to
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.sizes)
 
     @property
     def is_over(self) -> bool:
@@ -80,6 +86,7 @@ def take(stream: Stream, chunk: dict[str, Any], now: float) -> None:
         values = logprobs.get("token_logprobs") or [entry["logprob"] for entry in logprobs.get("content") or ()]
         if text or values:
             stream.times.append(now)
+            stream.sizes.append(len(values) or 1)
         stream.text += text
         stream.missing_experts |= bool(choice.get("missing_experts"))
         stream.logprobs += values

@@ -124,13 +124,13 @@ class _Show:
         self._is_done = False
 
     async def progress(self) -> None:
-        total, started = sum(len(stream.times) for stream in self._expected), time.monotonic()
+        total, started = sum(stream.num_tokens for stream in self._expected), time.monotonic()
         while not self._is_done:
             await asyncio.sleep(_PROGRESS_S)
-            done = sum(len(stream.times) for stream in self._actual)
+            done = sum(stream.num_tokens for stream in self._actual)
             num_open = sum(not stream.is_over for stream in self._actual)
             members = f", {len(self._views[-1][1].members)} ranks" if self._views else ""
-            _say(f"{time.monotonic() - started:5.1f} s  {done}/{total} pieces, {num_open} streams open{members}")
+            _say(f"{time.monotonic() - started:5.1f} s  {done}/{total} tokens, {num_open} streams open{members}")
 
     async def kill_and_watch(self) -> None:
         try:
@@ -169,7 +169,7 @@ class _Show:
 
     def _is_in_the_middle(self) -> bool:
         pairs = zip(self._expected, self._actual, strict=True)
-        return all(actual.is_over or len(actual.times) * 5 >= len(expected.times) for expected, actual in pairs)
+        return all(actual.is_over or actual.num_tokens * 5 >= expected.num_tokens for expected, actual in pairs)
 
     def report(self) -> int:
         gaps = sorted((stream.largest_gap_s(self._killed_at) for stream in self._actual), reverse=True)

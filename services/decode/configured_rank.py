@@ -38,11 +38,12 @@ class ConfiguredRank:
         membership: Membership,
         pace: Pace,
         link_fault: LinkFault,
+        while_waiting: Callable[[], None],
         clock: Callable[[], float],
     ) -> "ConfiguredRank":
-        """Raises ValueError of one line for a checkpoint that cannot be used."""
+        """``while_waiting``: see `RankEngine`. Raises ValueError of one line for a checkpoint that cannot be used."""
         decode = config.decode
-        engine = RankEngine(config, heap_dir, process, pace, link_fault)
+        engine = RankEngine(config, heap_dir, process, pace, link_fault, while_waiting)
         blocks: BlockAllocator[RequestId] = BlockAllocator(decode.num_kv_blocks, decode.block_size)
         scheduler = BatchScheduler(blocks, decode.max_batch, _MAX_WAITING)
         delivery = Delivery(
@@ -52,6 +53,7 @@ class ConfiguredRank:
             decode.prompt_tokens,
             decode.kv_reserve_tokens,
             config.router.lost_s,
+            decode.delivery_interval_s,
         )
         rounds = Rounds(membership, engine, delivery, scheduler, pace, clock, decode.idle_poll_s)
         return cls(engine, scheduler, delivery, rounds, RankLife(membership, engine, delivery, rounds, clock))

@@ -23,7 +23,6 @@ from common.messages import (
     Refused,
     Release,
     TokenBatch,
-    Tokens,
     TopLogprobs,
     Unknown,
 )
@@ -33,6 +32,7 @@ from services.decode.actions import Send
 from services.decode.batch_scheduler import BatchScheduler, Room
 from services.decode.early_kv import EarlyKv, Frames
 from services.decode.kv_pieces import KvPiece, KvPieces
+from services.decode.news import News
 from services.decode.request import Admission, PromptLogprobs, Request, RequestLimits, Stage, Step
 from services.decode.tombstones import Tombstones
 
@@ -45,7 +45,8 @@ INCOMPLETE_KEPT_S = 1.0  # KV whose end has come; the pieces before it are lost,
 
 class Delivery:
     """``handoff_bytes`` bounds the KV that has come for requests without blocks; a single request may have more.
-    ``prompt_tokens`` bounds the rows of prompts in one round, so that those who decode keep their pace."""
+    ``prompt_tokens`` bounds the rows of prompts in one round, so that those who decode keep their pace. ``interval_s``:
+    tokens leave for a router at most so often (`News`)."""
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class Delivery:
         prompt_tokens: int = 32,
         kv_reserve_tokens: int = 64,
         router_lost_s: float = 10.0,
+        interval_s: float = 0.0,
     ) -> None:
         self._scheduler, self._limits = scheduler, limits
         self._handoff_bytes, self._prompt_tokens = handoff_bytes, prompt_tokens
@@ -64,7 +66,7 @@ class Delivery:
         self._early_kv = EarlyKv()
         self._tombstones = Tombstones()
         self._routers = RouterWatch(router_lost_s)
-        self._news: dict[ProcessId, list[Tokens]] = {}
+        self._news = News(interval_s)
         self._repeat_at = 0.0
         self.num_committed = 0
         self.num_stale = 0
@@ -164,7 +166,7 @@ class Delivery:
         self._append(known, handoff.first_token, handoff.first_logprob, handoff.first_top, now)
         if not known.finish and (refusal := self._queue(known)):
             return refusal
-        self._tell(known, len(known.ids) - 1)
+        self._news.add(known, len(known.ids) - 1, at_once=True)
         return []
 
     def _queue(self, known: Request) -> list[Send]:
@@ -183,7 +185,7 @@ class Delivery:
             return [Send(peer, Unknown(have.request, have.attempt))]
         if not len(known.announce.outputs) <= have.num_outputs <= len(known.ids):
             return [Send(peer, Unknown(have.request, have.attempt))]
-        self._tell(known, have.num_outputs)
+        self._news.add(known, have.num_outputs, at_once=True)
         return []
 
     def on_end(self, request: RequestId, attempt: int) -> None:
@@ -210,7 +212,7 @@ class Delivery:
                 continue
             if known.stage is Stage.FINISHED and now >= known.repeat_at:
                 known.repeat_at = now + REPEAT_S
-                self._tell(known, len(known.ids) - 1)
+                self._news.add(known, len(known.ids) - 1, at_once=True)
             kept_s = {Stage.FINISHED: FINISHED_KEPT_S, Stage.ANNOUNCED: ANNOUNCED_KEPT_S}.get(known.stage)
             if kept_s is not None and now - known.since > kept_s:
                 self._drop(request)
@@ -269,7 +271,8 @@ class Delivery:
         assert step.samples and step.output_index == len(known.ids), "a token out of order"
         self.advance(step, prompt_logprobs, missed_experts)
         self._append(known, token, logprob, top, now)
-        self._tell(known, step.output_index)
+        is_first = step.output_index == len(known.announce.outputs)
+        self._news.add(known, step.output_index, at_once=is_first or bool(known.finish))
         if known.finish:
             self._scheduler.remove(step.request)
 
@@ -282,25 +285,20 @@ class Delivery:
         known.prompt_logprobs += prompt_logprobs
         known.missed_experts |= missed_experts
 
-    def flush(self, epoch: Epoch) -> list[Send]:
-        """All news since the last call, one message for each router."""
-        blocks = self._scheduler.blocks
-        sends = [
-            Send(
-                router,
-                TokenBatch(
-                    self._rank,
-                    self._incarnation,
-                    epoch,
-                    tuple(items),
-                    self._scheduler.num_running + self._scheduler.num_waiting,
-                    blocks.num_free,
-                ),
-            )
-            for router, items in self._news.items()
+    @property
+    def due_at(self) -> float:
+        """When `flush` has something to say, if nothing happens before."""
+        return self._news.due_at
+
+    def flush(self, epoch: Epoch, now: float) -> list[Send]:
+        """What is due, one message for each router."""
+        num_requests = self._scheduler.num_running + self._scheduler.num_waiting
+        num_free = self._scheduler.blocks.num_free
+        slot = self._rank, self._incarnation
+        return [
+            Send(router, TokenBatch(*slot, epoch, items, num_requests, num_free))
+            for router, items in self._news.take(now)
         ]
-        self._news.clear()
-        return sends
 
     def check_invariants(self) -> None:
         self._scheduler.check_invariants()
@@ -319,9 +317,6 @@ class Delivery:
             known.kv.clear()
             known.since, known.repeat_at = now, now + REPEAT_S
 
-    def _tell(self, known: Request, start: int) -> None:
-        self._news.setdefault(known.announce.router, []).append(known.tokens(start))
-
     def _reason_to_refuse(self, announce: Announce) -> str:
         tokens = announce.prompt + announce.outputs
         if len(self._requests) >= MAX_REQUESTS:
@@ -338,12 +333,16 @@ class Delivery:
 
     def _refuse(self, known: Request, reason: str, preempted: bool = False) -> list[Send]:
         self._tombstones.bury(known.announce.request, known.announce.attempt)
-        self._drop(known.announce.request)
+        self._drop(known.announce.request, forget=not preempted)
+        if preempted:
+            self._news.hurry(known)  # what it has counts where it goes on
         return [_refused(known.announce, reason, preempted)]
 
-    def _drop(self, request: RequestId) -> None:
+    def _drop(self, request: RequestId, forget: bool = True) -> None:
         self._scheduler.remove(request)
-        del self._requests[request]
+        known = self._requests.pop(request)
+        if forget:
+            self._news.forget(known)
 
 
 def _refused(announce: Announce, reason: str, preempted: bool = False) -> Send:

@@ -43,13 +43,20 @@ from services.decode.staging import CopyPace, Staging
 
 
 class RankEngine:
-    """Raises ValueError of one line for a checkpoint that cannot be used and a heap that cannot be made."""
+    """``while_waiting`` is called every few milliseconds of a wait for others. Raises ValueError of one line for a
+    checkpoint that cannot be used and a heap that cannot be made."""
 
     def __init__(
-        self, config: ClusterConfig, heap_dir: Path, process: ProcessId, pace: Pace, link_fault: LinkFault
+        self,
+        config: ClusterConfig,
+        heap_dir: Path,
+        process: ProcessId,
+        pace: Pace,
+        link_fault: LinkFault,
+        while_waiting: Callable[[], None],
     ) -> None:
         self._decode, self._planner, self._process = config.decode, config.planner, process
-        self._pace, self._link_fault = pace, link_fault
+        self._pace, self._link_fault, self._while_waiting = pace, link_fault, while_waiting
         self.loaded: LoadProgress | None = None  # of this process, by whatever thread loads
         self._checkpoint = Checkpoint.open(config.model.path, self._on_loaded)
         self._layout = rank_heap_layout(self._checkpoint, config.decode)
@@ -124,6 +131,7 @@ class RankEngine:
         self.close_slot()
         self.group = CompiledGroup(self._layout, self._heap, rank, deadline_s=self._decode.operation_deadline_s)
         self.group.set_link_fault(self._link_fault)
+        self.group.set_while_waiting(self._while_waiting)
         assert self._slots is not None
         pace = CopyPace(self._planner.bandwidth_bytes_per_s) if self._planner.use_async else None
         self._staging = Staging(self._slots, self._peers.expert_rows, rank, pace)

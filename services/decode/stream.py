@@ -194,7 +194,7 @@ class Stream:
         membership, pace, clock = self._membership, self._pace, self._clock
         with for_the_operator():
             self._rank = ConfiguredRank.of(
-                config, self._heap_dir, self._process, membership, pace, self._link_fault, clock
+                config, self._heap_dir, self._process, membership, pace, self._link_fault, self._tell_routers, clock
             )
         self._rank.delivery.on_message(self._process, directory, (), clock())
         membership.loneliness.limit_s = config.decode.lonely_s
@@ -255,7 +255,7 @@ class Stream:
         preempted = delivery.make_room()
         for admission in delivery.admit():
             engine.write_kv(admission)
-        self._send(delivery.flush(membership.epoch))
+        self._tell_routers()
         self._send(preempted)  # after their last tokens
         if now >= self._load_at and (view := membership.view) and (load := engine.take_load()):
             self._load_at = now + LOAD_S
@@ -268,7 +268,9 @@ class Stream:
         """One round, or a part of the rest before it."""
         assert self._rank is not None
         membership, rounds = self._membership, self._rank.rounds
-        if rest_s := rounds.rest_s(self._clock()):
+        now = self._clock()
+        if rest_s := rounds.rest_s(now):
+            rest_s = min(rest_s, max(0.0, self._rank.delivery.due_at - now))
             self._inbox.wait(min(rest_s, _COPY_S) if membership.next_placement.is_pending else rest_s)
             return
         if rounds.others_rest() and membership.view:
@@ -284,9 +286,14 @@ class Stream:
             log.info("epoch %d: round void, %s, accusing %s", membership.epoch, group.void_reason, list(accused))
             self._perform(membership.on_void_round(group.step, accused, rounds.ended_at))
             return
-        self._send(rank.delivery.flush(membership.epoch))
+        self._tell_routers()
         self._say_all(self._faults.on_round(*rounds.take_pace(computed=plan.num_tokens > 0)))
         self._perform(membership.on_clean_round(plan.next_epoch, rounds.ended_at))
+
+    def _tell_routers(self) -> None:
+        """What is due: after a round, and while this rank waits for others or has none."""
+        if self._rank and (now := self._clock()) >= self._rank.delivery.due_at:
+            self._send(self._rank.delivery.flush(self._membership.epoch, now))
 
     def _send(self, sends: Sequence[Send]) -> None:
         if sends:

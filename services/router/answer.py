@@ -121,29 +121,21 @@ class Answer:
         return bodies
 
     def usual_event(self, index: int, delta: TextDelta) -> bytes | None:
-        """What `chunks` gives for one token in the middle of a stream, as an event; None: not that case, nothing was
+        """What `chunks` gives for tokens in the middle of a stream, as an event; None: not that case, nothing was
         taken."""
         progress = self._choices[index]
-        is_usual = self._has_usual_events and progress.has_begun and len(delta.ids) == 1 and not delta.finish
-        if (
-            not is_usual
-            or delta.top_logprobs
-            or delta.prompt_logprobs
-            or delta.missed_experts != progress.missed_experts
-        ):
-            return None
-        if progress.missed_experts or len(delta.logprobs) != self._wants_logprobs:
+        is_usual = self._has_usual_events and progress.has_begun and not delta.finish
+        if not is_usual or progress.missed_experts or delta.missed_experts:
             return None
         if progress.template is None:
             make = chat_delta if self._head.chat else completion_choice
             progress.template = EventTemplate(self._chunk(make(index, "", None, "", None), progress), self._head.chat)
-        progress.num_tokens += 1
+        progress.num_tokens += len(delta.ids)
         if not self._wants_logprobs:
-            return progress.template.without_logprobs(delta.text)
-        (id,) = delta.ids
-        offset, token = progress.num_characters, self._texts.token_text(id)
-        progress.num_characters += self._texts.num_characters(id)
-        return progress.template.with_logprob(delta.text, token, delta.logprobs[0], offset)
+            return progress.template.event(delta.text, None)
+        tokens, offset = self._tokens(delta), progress.num_characters
+        progress.num_characters += sum(token.num_characters for token in tokens)
+        return progress.template.event(delta.text, self._logprobs(tokens, offset))
 
     def closing(self) -> list[Body]:
         """Chunks after the end of all choices."""

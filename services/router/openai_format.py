@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 Body = dict[str, Any]
 
 _ERROR_TYPES = {
@@ -22,8 +24,7 @@ _ERROR_TYPES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(msgspec.Struct, frozen=True):
     """A token as shown to a client, and the natural logarithm of its probability; None: nothing stands before it.
 
     ``top`` are the alternatives that were asked for, the likeliest first; ``num_characters`` is the token's part in the

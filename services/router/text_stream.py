@@ -1,7 +1,7 @@
 """Accepted tokens of one request in, text for its client out: detokenizer, stop strings, end of sequence.
 
 It lives as long as the request, not as long as an attempt, so a stop string is found across a re-dispatch as well; and
-it takes tokens one by one, so its answer does not depend on how they were batched.
+its answer does not depend on how tokens were batched: stop strings are looked for behind each one.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class TextStream:
 
     def __init__(self, detokenizer: Detokenizer, stops: Sequence[str], min_tokens: int = 0) -> None:
         self._detokenizer = detokenizer
-        self._stops = StopStrings(stops)
+        self._stops, self._has_stops = StopStrings(stops), bool(stops)
         self._min_tokens = min_tokens
         self.num_tokens = 0
 
@@ -56,20 +56,16 @@ class TextStream:
 
         A stop string ends the text before ``finish`` does; tokens after the one that completes it do not count.
         """
-        pieces: list[str] = []
-        num_counted, stop = len(ids), None
-        for number in range(len(ids) - 1 if finish == "stop" and ids else len(ids)):
-            text, stop = self._find_stop(self._detokenizer.push(ids[number : number + 1]), self.num_tokens + number)
-            pieces.append(text)
-            if stop is not None:
-                num_counted = number + 1
-                break
-        if finish and stop is None:
-            text, stop = self._find_stop(self._detokenizer.flush(), self.num_tokens + len(ids) - 1)
-            pieces += [text] if stop is not None else [text, self._stops.flush()]
+        shown = ids[:-1] if finish == "stop" else ids
+        if self._has_stops:
+            text, num_counted, stop = self._push_each(shown, len(ids), finish)
+        else:
+            text, num_counted, stop = self._detokenizer.push(shown), len(ids), None
+            if finish:
+                text += self._detokenizer.flush()
         self.num_tokens += num_counted
         return TextDelta(
-            "".join(pieces),
+            text,
             ids[:num_counted],
             logprobs[:num_counted],
             finish if stop is None else "stop",
@@ -78,6 +74,20 @@ class TextStream:
             prompt_logprobs,
             missed_experts,
         )
+
+    def _push_each(self, ids: tuple[int, ...], num_ids: int, finish: str) -> tuple[str, int, str | None]:
+        """Text, number of the tokens that count, and the stop string. ``num_ids``: with the one that is not shown."""
+        pieces: list[str] = []
+        for number in range(len(ids)):
+            text, stop = self._find_stop(self._detokenizer.push(ids[number : number + 1]), self.num_tokens + number)
+            pieces.append(text)
+            if stop is not None:
+                return "".join(pieces), number + 1, stop
+        if not finish:
+            return "".join(pieces), num_ids, None
+        text, stop = self._find_stop(self._detokenizer.flush(), self.num_tokens + num_ids - 1)
+        pieces += [text] if stop is not None else [text, self._stops.flush()]
+        return "".join(pieces), num_ids, stop
 
     def _find_stop(self, text: str, index: int) -> tuple[str, str | None]:
         """``index`` is that of the token which completed ``text``."""

@@ -170,10 +170,10 @@ async def stream_all(
 
 
 async def until_tokens(records: list[Stream], num_tokens: int, within_s: float = 60.0) -> None:
-    """Waits until every stream has that many chunks (or has ended): a fault now is a fault in mid-stream."""
+    """Waits until every stream has that many tokens (or has ended): a fault now is a fault in mid-stream."""
     deadline = time.monotonic() + within_s
-    while not all(len(record.times) >= num_tokens or record.is_over for record in records):
-        assert time.monotonic() < deadline, f"streams stuck at {[len(record.times) for record in records]}"
+    while not all(record.num_tokens >= num_tokens or record.is_over for record in records):
+        assert time.monotonic() < deadline, f"streams stuck at {[record.num_tokens for record in records]}"
         await asyncio.sleep(0.005)
 
 

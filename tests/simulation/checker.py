@@ -4,6 +4,7 @@
 * No observer's epoch falls within a life; two views never share a number.
 * A slot has one living holder, and who held it before never commits again.
 * A member is put out of the group only if something had happened to it.
+* A rank tells of its tokens in time, whatever it waits for.
 * Nobody waits for ever: some time after the last fault the group is whole and nobody holds anything.
 """
 
@@ -37,6 +38,7 @@ _COUNTED = (
     "migration",
     "degraded",
 )
+_LATE_S = 0.6  # processes lose the processor for as long as 0.3
 # By its own word, or of a process that the new monitor cannot know.
 _NO_BLAME = ("left its slot", "not in the group by its own word")
 
@@ -66,6 +68,9 @@ class Checker:
         self.sizes: dict[str, set[int]] = {}  # that were ever asked for, of the kinds whose number an agent keeps
         self._roll_call: tuple[int, tuple[ProcessId, ...]] | None = None  # epoch, who was called
         self._answered: dict[ProcessId, int] = {}  # epoch of the last answer or report
+        self._kept_back: dict[
+            ProcessId, tuple[float, float]
+        ] = {}  # news that were due: when, and since when it is known
 
     # Requests.
 
@@ -143,9 +148,23 @@ class Checker:
             self.on_epoch(f"{node.process}/{membership.incarnation}", view.epoch)
         if node.stream._rank is not None:
             node.stream._rank.delivery.check_invariants()
+            self._check_news(node, node.stream._rank.delivery.due_at)
             num_tokens = node.stream._rank.delivery.num_prompt_tokens
             self.counts["prompt tokens computed by ranks"] += num_tokens - self._num_prompt_tokens.get(node.process, 0)
             self._num_prompt_tokens[node.process] = num_tokens
+
+    def _check_news(self, node: DecodeNode, due_at: float) -> None:
+        """What was due at a beat has left at the next ones, unless the rank stands still."""
+        now = self._world.now
+        stands_still = node.task.is_hung or node.task.slowness > 1.0 or node.stopped_until > now
+        if due_at > now or stands_still:
+            self._kept_back.pop(node.process, None)
+            return
+        same, since = self._kept_back.setdefault(node.process, (due_at, now))
+        if same != due_at:
+            self._kept_back[node.process] = (due_at, now)
+        elif now - max(since, node.stopped_until) > _LATE_S:
+            raise Bad(f"{node.process} has kept tokens back since {due_at:.3f}")
 
     def on_epoch(self, observer: str, epoch: int) -> None:
         """``observer``: a process, or a rank's life in one incarnation."""

@@ -117,7 +117,7 @@ MUTANTS = (
         (
             (
                 _DELIVERY,
-                "    self._tell(known, len(known.ids) - 1)\n            kept_s",
+                "    self._news.add(known, len(known.ids) - 1, at_once=True)\n            kept_s",
                 "    pass\n            kept_s",
             ),
             (_LIFECYCLE, "return self._ask_decode(now)\n\n    def _fail_late", "return []\n\n    def _fail_late"),
@@ -417,6 +417,24 @@ MUTANTS = (
         ),
         num_seeds=100,
         by_test="tests/unit/decode/test_staging.py",
+    ),
+    Mutant(
+        "tokens-kept-back-while-others-are-awaited",
+        ((_WAIT, "            self.while_waiting()\n", ""),),
+        seed=11,
+        plot="stops",
+    ),
+    Mutant(
+        "an-end-leaves-earlier-tokens-behind",
+        (
+            (
+                "services/decode/news.py",
+                "untold[id] = (request, min(start, before[1]) if before else start)",
+                "untold[id] = (request, start)",
+            ),
+        ),
+        num_seeds=0,
+        by_test="tests/unit/decode/test_news.py",
     ),
     Mutant(
         "no-tags-on-expert-slots",

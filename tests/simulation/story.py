@@ -53,7 +53,9 @@ class Story:
         # Drawn apart, so that stories are the same with and without it.
         self._placement_random = Random(f"placement {seed}")
         self._moves_experts = self._placement_random.random() < 0.7
-        self.config = self._plot.configured(_config(random, self._placement_random))
+        # Drawn apart, so that stories are the same with and without it.
+        interval_s = Random(f"delivery {seed}").choice((0.0, 0.02, 0.1))
+        self.config = self._plot.configured(_config(random, self._placement_random, interval_s))
         self.world = world = World(seed, *_weather(random))
         world.memory = Memory(world)
         self.checker = world.checker = Checker(world, self.num_layers)
@@ -152,7 +154,7 @@ class Story:
         return node
 
 
-def _config(random: Random, placement_random: Random) -> ClusterConfig:
+def _config(random: Random, placement_random: Random, delivery_interval_s: float) -> ClusterConfig:
     num_ranks = random.choice((2, 3, 3, 4))
     decode = DecodeConfig(
         num_ranks=num_ranks,
@@ -166,6 +168,7 @@ def _config(random: Random, placement_random: Random) -> ClusterConfig:
         prompt_tokens=4,
         operation_deadline_s=2.0,
         idle_poll_s=0.2,
+        delivery_interval_s=delivery_interval_s,
         num_staging_experts=placement_random.choice((-1, 1, 3)),
     )
     # An expert has 64 bytes here: copying one takes no time, or as long as some rounds.

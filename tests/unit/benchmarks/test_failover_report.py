@@ -26,6 +26,7 @@ def _record(id: str, times: list[float], logprobs: tuple[str, ...] = ("a", "b"),
         "text": "".join(logprobs),
         "logprobs": list(logprobs),
         "times": times,
+        "sizes": [1] * len(times),
         "finish": "length",
         "error": "",
     }

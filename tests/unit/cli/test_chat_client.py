@@ -65,6 +65,7 @@ async def test_what_each_stream_received_or_why_not(url: str) -> None:
     await run_streams(url, streams, concurrency=2, deadline_s=20.0)
     good, cut, error, usage, busy, noise, strange = streams
     assert (good.text, good.logprobs, good.finish, good.error, len(good.times)) == ("ab", [-0.5, -0.5], "stop", "", 2)
+    assert (good.sizes, good.num_tokens) == ([1, 1], 2)
     assert cut.error == "the stream ended without a reason"
     assert error.error == "no rank left"
     assert (usage.finish, usage.error) == ("length", "")

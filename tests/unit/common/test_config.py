@@ -21,6 +21,10 @@ def test_a_file_changes_what_it_names(tmp_path: Path) -> None:
     assert config.decode.max_ranks == ClusterConfig().decode.max_ranks
 
 
+def test_tokens_may_leave_after_every_round(tmp_path: Path) -> None:
+    assert _load(tmp_path, "[decode]\ndelivery_interval_s = 0.0\n").decode.delivery_interval_s == 0.0
+
+
 def test_a_switch_can_be_turned_off(tmp_path: Path) -> None:
     assert _load(tmp_path, "[planner]\nlog_balancedness = false\n").planner.log_balancedness is False
 
@@ -37,6 +41,8 @@ def test_a_switch_can_be_turned_off(tmp_path: Path) -> None:
         ("[monitor]\nheartbeat_s = 0.6\n", "heartbeat_s"),
         ("[monitor]\nheartbeat_s = 0.3\nheartbeat_timeout_s = 1.0\n", "heartbeat_s"),
         ("[prefill]\nnum_workers = 0\n", "num_workers"),
+        ("[decode]\ndelivery_interval_s = -0.01\n", "delivery_interval_s"),
+        ("[decode]\ndelivery_interval_s = 0.6\n", "no_news_s"),
         ("[decode\n", "cluster.toml"),
     ],
 )

@@ -25,10 +25,11 @@ def make(
     handoff_bytes: int = 1 << 20,
     prompt_tokens: int = 4,
     kv_reserve_tokens: int = 2,
+    interval_s: float = 0.0,
 ) -> Delivery:
     scheduler: BatchScheduler[RequestId] = BatchScheduler(BlockAllocator(num_blocks, 4), max_batch, max_waiting)
     limits = RequestLimits(vocab_size=100, max_positions=20, kv_bytes_per_token=1)
-    delivery = Delivery(scheduler, limits, handoff_bytes, prompt_tokens, kv_reserve_tokens)
+    delivery = Delivery(scheduler, limits, handoff_bytes, prompt_tokens, kv_reserve_tokens, interval_s=interval_s)
     delivery.open(Rank(0), Incarnation(7))
     return delivery
 
@@ -55,9 +56,9 @@ def frames(num_tokens: int = 2) -> list[memoryview]:
     return [memoryview(bytes(num_tokens))]
 
 
-def news(delivery: Delivery) -> list[Tokens]:
+def news(delivery: Delivery, now: float = 0.0) -> list[Tokens]:
     """What the routers are told now."""
-    sends = delivery.flush(Epoch(5))
+    sends = delivery.flush(Epoch(5), now)
     batches = [send.message for send in sends]
     assert all(send.peer == ROUTER for send in sends)
     return [item for batch in batches if isinstance(batch, TokenBatch) for item in batch.items]

@@ -38,7 +38,7 @@ def _begin(
 
 
 def _news(delivery: Delivery) -> Tokens:
-    (send,) = delivery.flush(Epoch(5))
+    (send,) = delivery.flush(Epoch(5), 0.0)
     assert isinstance(send.message, TokenBatch)
     (tokens,) = send.message.items
     return tokens

@@ -12,7 +12,7 @@ ROUTER = ProcessId("router")
 
 def _news(delivery: Delivery) -> dict[str, Tokens]:
     found: dict[str, Tokens] = {}
-    for send in delivery.flush(Epoch(1)):
+    for send in delivery.flush(Epoch(1), 0.0):
         assert isinstance(send.message, TokenBatch)
         found |= {tokens.request: tokens for tokens in send.message.items}
     return found

@@ -73,7 +73,7 @@ class Router:
         delivery = self.delivery
         preempted = delivery.make_room()
         delivery.admit()
-        self.take(delivery.flush(Epoch(5)))
+        self.take(delivery.flush(Epoch(5), 0.0))
         self.take(preempted)
         for step in delivery.steps():
             assert step.stop <= BLOCK * len(step.block_table), "no block for its KV"
@@ -81,7 +81,7 @@ class Router:
                 delivery.commit(step, 100 + step.output_index, -1.0, 0.0)
             else:
                 delivery.advance(step)
-        self.take(delivery.flush(Epoch(5)))
+        self.take(delivery.flush(Epoch(5), 0.0))
         delivery.check_invariants()
 
     def run(self) -> None:

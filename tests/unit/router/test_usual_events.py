@@ -97,6 +97,8 @@ def test_the_short_way_is_taken_for_tokens_in_the_middle_only(chat: bool) -> Non
     assert making.usual_event(0, first) is None, "the first may echo a prompt"
     making.chunks(0, first)
     assert making.usual_event(0, first) is not None
+    unasked = msgspec.structs.replace(first, ids=(1, 2), logprobs=(-1.0, -2.0))
+    assert making.usual_event(0, unasked) is not None, "nobody asked for log-probabilities"
     assert making.usual_event(0, msgspec.structs.replace(first, finish="stop")) is None
     assert making.usual_event(0, msgspec.structs.replace(first, missed_experts=True)) is None
-    assert making.usage.completion_tokens == 2
+    assert making.usage.completion_tokens == 4
