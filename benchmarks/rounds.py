@@ -81,13 +81,13 @@ def run_rank(
     outputs: list[int] = []
 
     def step(position: int, go_on: bool) -> bool:
-        headers = group.allgather([int(go_on)])
-        if headers is None:
-            raise RuntimeError(f"a round was void: {group.void_reason}")
-        if not all(words[0] for words in headers.words_by_rank.values()):
-            return False
+        group.send_header([int(go_on)])
         positions = np.full(count, position, dtype=np.int64)
         logits = model.forward(Batch(tokens, positions, index, tables, index)).numpy()
+        if group.headers is None:
+            raise RuntimeError(f"a round was void: {group.void_reason}")
+        if not all(words[0] for words in group.headers.words_by_rank.values()):
+            return False
         tokens[:] = [choice.token for choice in choose_rows(logits, [Choosing(one, (), outputs) for one in sampling])]
         return True
 

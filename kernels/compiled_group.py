@@ -20,6 +20,7 @@ from kernels.cpu.forward import (
     BAD_ROWS,
     DONE,
     NO_MEMORY,
+    WAITS_FOR_HEADERS,
     WAITS_FOR_ROWS,
     WAITS_FOR_TOKENS,
     CompiledModel,
@@ -28,6 +29,7 @@ from kernels.cpu.forward import (
 )
 from kernels.elastic_mode import ElasticMode
 from kernels.epoch_state import VOID
+from kernels.header_exchange import HeaderDue, HeaderRound
 from kernels.heap_layout import HeapLayout
 from kernels.received import Received
 from kernels.reference import ElasticGroup
@@ -88,11 +90,18 @@ class CompiledGroup(ElasticGroup):
         compiled, own = self._pass, self._own
         logits_SV = compiled.begin(model, batch, experts, self.step)
         self._compiled.set_floor(self._floor)
+        self._expect_headers()
         self._tokens.note_filled(batch.num_tokens)
         while True:
             self._refresh()
             stage = compiled.go_on(FIRST_PART_NS)
             self._n = compiled.step - self._floor
+            if stage == WAITS_FOR_HEADERS:
+                if not self.await_headers():
+                    return None
+                continue
+            if self._header_due and not self._take_headers(self._header_due):
+                return None
             if stage == DONE:
                 return logits_SV
             if stage not in (WAITS_FOR_TOKENS, WAITS_FOR_ROWS):
@@ -101,6 +110,34 @@ class CompiledGroup(ElasticGroup):
             words = own.dispatch_wait if stage == WAITS_FOR_TOKENS else own.combine_wait
             if not self._await_words(words, compiled.step, self.deadline_s):
                 return None
+
+    def await_headers(self) -> HeaderRound | None:
+        compiled, due = self._compiled, self._header_due
+        if self.status != VOID and due is not None and not self.has_link_fault:
+            self._refresh()
+            self._expect_headers()
+            compiled.await_headers(self._floor, FIRST_PART_NS)
+            return self._take_headers(due)
+        return super().await_headers()
+
+    def _take_headers(self, due: HeaderDue) -> HeaderRound | None:
+        """Those that C has seen; or it has not, and they are waited for."""
+        if not self._compiled.headers_are_here:
+            found = super().await_headers()
+            self._compiled.expect_no_headers()
+            return found
+        self._header_due = None
+        return self._header_round(due.step, self._compiled.headers)
+
+    def _expect_headers(self) -> None:
+        if self._header_due:
+            self._compiled.expect_headers(*self._header_due)
+        else:
+            self._compiled.expect_no_headers()
+
+    def _send_header(self, step: int, bank: int, data: list[int]) -> None:
+        self._refresh()
+        self._compiled.send_header(step, bank, data)
 
     @property
     def own_s(self) -> float:

@@ -15,35 +15,22 @@ N (row, k) entries of the experts held here.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from kernels.elastic_mode import ElasticMode
-from kernels.epoch_state import VOID, EpochState, VoidReason
+from kernels.epoch_state import VOID
+from kernels.header_exchange import HeaderExchange
 from kernels.heap_layout import HeapLayout
 from kernels.own_tokens import MASKED, OwnTokens
 from kernels.received import Received, read_received, sum_of_each_row, x_of_rows
-from kernels.step_words import EPOCH_SHIFT, epoch_floor, header_bank, header_tag, tagged
 from kernels.symmetric_memory.base import SymmetricHeap
 from kernels.word_wait import Clock, Pause
 
-_LOW_HALF = np.uint64(0xFFFFFFFF)
-_HIGH_HALF = np.uint64(32)
 
-
-@dataclass(frozen=True, slots=True)
-class HeaderRound:
-    """The headers of one round: data words of every member, own included."""
-
-    step: int
-    words_by_rank: dict[int, tuple[int, ...]]
-
-
-class ElasticGroup(EpochState):
+class ElasticGroup(HeaderExchange):
     """One rank's end of the group: its heap, the peers' heaps as mapped here, the epoch it is in.
 
     ``deadline_s`` bounds the waits of dispatch and combine (a tenth longer for each further late rank); the wait for
@@ -71,88 +58,12 @@ class ElasticGroup(EpochState):
         if ep.dtype != torch.float32:
             raise ValueError(f"the CPU data path computes in float32, the layout has {ep.dtype}")
         self._load_WL = np.zeros((ep.max_ranks, num_local_experts), np.int64)
-        self._num_headers = 0
-        self._announced: tuple[int, list[int]] | None = None
-        self._combine_due = 0  # step of the dispatch whose combine comes next; 0: none
         self.renormalise = False
         self._tokens = OwnTokens(ep)
         self._sent_to: tuple[int, ...] = ()  # members at the last dispatch
         self._slots = np.arange(ep.max_ranks + 1)
         self._row_words_SC = self._own.dispatch_rows.reshape(ep.max_ranks * ep.max_tokens, -1)
         self._x_SH = None if ep.is_fp8 else x_of_rows(self._row_words_SC, ep)
-
-    def adopt(self, epoch: int, members: Sequence[int], digest: int, *, in_band: bool = False) -> None:
-        super().adopt(epoch, members, digest, in_band=in_band)
-        self._num_headers = self._combine_due = 0
-
-    def allgather(self, header_words: Sequence[int], stop: Callable[[], bool] | None = None) -> HeaderRound | None:
-        """Exchange up to ``num_header_words`` unsigned 32-bit words (padded with 0); the first operation of every
-        epoch.
-
-        Patient: no deadline (but in mode ALONE), since a member may be loading a repaired expert; ``stop()`` becoming
-        true ends it like a word from the host. Two digests among the headers void the round.
-        """
-        data = self._header_data(header_words, self.digest)
-        if self.status == VOID:
-            return None
-        if self._combine_due:
-            raise RuntimeError("allgather between dispatch and combine")
-        step = self._next_step()
-        if self._announced is None or self._announced[0] != step:
-            self._write_header(step, self._num_headers, self.members, data)
-            self._ring()
-        elif self._announced[1] != data:
-            raise ValueError(f"the first header of epoch {self.epoch} differs from the one announced")
-        bank = header_bank(self.epoch, self._num_headers)
-        self._num_headers += 1
-        deadline_s = self.deadline_s if self.elastic is ElasticMode.ALONE else None
-        if not self._await_words(self._own.header_wait[bank], step, deadline_s, stop):
-            return None
-        rows = self._own.header_data[bank, list(self.members)]
-        if (rows >> _HIGH_HALF != header_tag(step)).any():
-            self._void(VoidReason.FUTURE_WORD)
-            return None
-        data_by_member = (rows & _LOW_HALF).tolist()
-        if len({row[0] for row in data_by_member}) > 1:
-            self._void(VoidReason.DIGEST)
-            return None
-        return HeaderRound(step, {m: tuple(row[1:]) for m, row in zip(self.members, data_by_member, strict=True)})
-
-    def announce_header(
-        self, epoch: int, member_ranks: Sequence[int], header_words: Sequence[int], digest: int
-    ) -> None:
-        """A newcomer's first header of ``epoch``, written into the heap of every member before it adopts: mapped,
-        loaded, ready (PROTOCOL 4.1).
-
-        The newcomer then waits for ``all_announced``, adopts, and passes the same words and digest to its first
-        allgather.
-        """
-        step = epoch_floor(epoch) | 1
-        if epoch <= self.epoch:
-            raise ValueError(f"epoch {epoch} is not above the current epoch {self.epoch}")
-        unmapped = sorted(set(member_ranks) - set(self._windows))
-        if unmapped:
-            raise ValueError(f"cannot announce to ranks whose heaps are not mapped here: {unmapped}")
-        data = self._header_data(header_words, digest)
-        self._write_header(step, 0, [*member_ranks, self.rank], data)
-        if self._rings:
-            self._bell.ring(member_ranks)
-        self._announced = (step, data)
-
-    def sees_announcement(self, epoch: int, rank: int) -> bool:
-        """Whether the first header of ``epoch`` from ``rank`` lies in this heap."""
-        return bool(self._own.header_word[header_bank(epoch, 0)][rank] == epoch_floor(epoch) | 1)
-
-    def all_announced(self, epoch: int, member_ranks: Sequence[int]) -> bool:
-        """Whether every member has entered ``epoch``: how a newcomer learns that it was let in."""
-        return all(self.sees_announcement(epoch, rank) for rank in member_ranks)
-
-    def headers_waiting(self) -> tuple[int, ...]:
-        """Members that have published the next header already: an idle rank polls this, so a lost wake-up costs one
-        poll.
-        """
-        words = self._own.header_word[header_bank(self.epoch, self._num_headers)]
-        return tuple(rank for rank in self.members if rank != self.rank and words[rank] > self.step)
 
     def dispatch(
         self, x_TH: torch.Tensor, rank_TK: torch.Tensor, local_expert_TK: torch.Tensor, weight_TK: torch.Tensor
@@ -212,7 +123,7 @@ class ElasticGroup(EpochState):
             return False
         if self._combine_due:
             raise RuntimeError("clean_buffer between dispatch and combine")
-        if self._num_headers == 0:
+        if self._num_headers == 0 or self._header_due:
             raise RuntimeError("clean_buffer out of order: an epoch begins with allgather")
         step = self._next_step()
         # Two barriers in a row: a neighbour may still be reading the words of the first.
@@ -229,7 +140,7 @@ class ElasticGroup(EpochState):
         rank = self._check_routing(x_TH, rank_TK, local_expert_TK, weight_TK)
         if self.status == VOID:
             return None
-        if self._num_headers == 0 or self._combine_due:
+        if self._num_headers == 0 or self._header_due or self._combine_due:
             raise RuntimeError(
                 "dispatch out of order: an epoch begins with allgather, and each dispatch has its combine"
             )
@@ -275,22 +186,6 @@ class ElasticGroup(EpochState):
         if sent_N.size and not 0 <= sent_N.min() <= sent_N.max() < num_local:
             raise ValueError(f"local experts must be in 0..{num_local - 1}")
         return rank if known else np.where((rank >= 0) & self._masked_W[rank], MASKED, rank)
-
-    def _header_data(self, header_words: Sequence[int], digest: int) -> list[int]:
-        num_words = self.layout.ep.num_header_words
-        if len(header_words) > num_words:
-            raise ValueError(f"a header has {num_words} words, got {len(header_words)}")
-        data = [digest, *header_words] + [0] * (num_words - len(header_words))
-        if min(data) < 0 or max(data) >> 32:
-            raise ValueError(f"digest and header words are 32-bit unsigned, got {data}")
-        return data
-
-    def _write_header(self, step: int, ordinal: int, members: Sequence[int], data: list[int]) -> None:
-        bank = header_bank(step >> EPOCH_SHIFT, ordinal)
-        row = np.array(tagged(step, data), np.uint64)
-        for window in self._windows.of(members):
-            window.header_data[bank, self.rank] = row
-            window.header_word[bank][self.rank] = step
 
     # The inner loops, all but the words. `compiled_group` has the same in C.
 

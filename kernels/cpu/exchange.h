@@ -39,6 +39,17 @@ typedef struct {
     int64_t end;
 } wait_t;
 
+/* The headers of a round: word 0 of a row is the step word, each other one holds 32 bits of it and 32 of data, the digest
+ * first. Laid out as in exchange.py. */
+typedef struct {
+    int64_t bank;       /* bytes from the start of a heap to the row of slot 0 */
+    int64_t num_data;
+    int64_t step;
+    const int64_t *own_D;
+    int64_t *data_GD;   /* of the members, in order; also what was not fine */
+    int64_t is_due;     /* those of the others are not known to be there */
+} header_t;
+
 static inline char *heap_of(const exchange_t *e, int64_t rank) { return (char *)(intptr_t)e->heap_W[rank]; }
 
 static inline int64_t load_word(const char *word) { return __atomic_load_n((const int64_t *)word, __ATOMIC_ACQUIRE); }
@@ -54,8 +65,10 @@ void regrow_read_tokens(exchange_t *e);
 void regrow_return_rows(const exchange_t *e, const float *rows_NH);
 void regrow_add_up(const exchange_t *e, int64_t num_tokens, float *out_TH);
 
-/* waiting.c */
+/* waiting.c, headers.c */
 void regrow_ring(const exchange_t *e);
+void regrow_send_header(const exchange_t *e, const header_t *h);
+void regrow_await_headers(const exchange_t *e, wait_t *w, header_t *h);
 void regrow_wait(const exchange_t *e, wait_t *w);
 
 #endif

@@ -52,6 +52,17 @@ class _Wait(ctypes.Structure):
     ]
 
 
+class _Header(ctypes.Structure):
+    """header_t"""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("bank", "num_data", "step")),
+        ("own_D", ctypes.c_void_p),
+        ("data_GD", ctypes.c_void_p),
+        ("is_due", ctypes.c_int64),
+    ]
+
+
 class CompiledExchange:
     """Keeps what C reads and writes. ``masked_W``, ``routable_W`` (bool), ``outbox``, ``load_WL`` are the caller's and
     stay where they are; ``heap_W`` and ``set_members`` have to be kept up to date.
@@ -100,7 +111,12 @@ class CompiledExchange:
             **{name: _address(getattr(self, name)) for name in _ADDRESSES.split()[2:]},
         )
         self._wait = _Wait(is_missing_W=_address(self.is_missing_W), waited_ns_W=_address(self.waited_ns_W))
-        self.pointer, self.wait_pointer = ctypes.addressof(self._exchange), ctypes.addressof(self._wait)
+        num_data = 1 + ep.num_header_words
+        self._own_D, self._data_GD = np.zeros(num_data, np.int64), np.zeros((ep.max_ranks, num_data), np.int64)
+        self._header = _Header(num_data=num_data, own_D=_address(self._own_D), data_GD=_address(self._data_GD))
+        self._header_at = region["ep_header"].offset
+        self._header_pointer = ctypes.addressof(self._header)
+        self._pointer, self._wait_pointer = ctypes.addressof(self._exchange), ctypes.addressof(self._wait)
         # Looked up now, not in the middle of the first round that others wait for.
         self._route = kernel_function("regrow_route_tokens", POINTER, SIZE, POINTER, POINTER, POINTER, is_brief=True)
         self._send = kernel_function("regrow_send_tokens", POINTER, SIZE, POINTER, SIZE, is_brief=True)
@@ -109,7 +125,14 @@ class CompiledExchange:
         self._add_up = kernel_function("regrow_add_up", POINTER, SIZE, POINTER, is_brief=True)
         self._ring = kernel_function("regrow_ring", POINTER, is_brief=True)
         self._look = kernel_function("regrow_wait", POINTER, POINTER, is_brief=True)
+        self._send_header = kernel_function("regrow_send_header", POINTER, POINTER, is_brief=True)
+        self._await_headers = kernel_function("regrow_await_headers", POINTER, POINTER, POINTER)
         self._sleep = kernel_function("regrow_wait", POINTER, POINTER)
+
+    @property
+    def pointers(self) -> tuple[int, int, int]:
+        """Of the exchange, its waits, its headers."""
+        return self._pointer, self._wait_pointer, self._header_pointer
 
     def set_members(self, members: Sequence[int]) -> None:
         """Sorted slots; the same object means the same members."""
@@ -126,29 +149,59 @@ class CompiledExchange:
         """Writes the headers of the rows; says what is wrong with them, and then they may be anything. int64, float32,
         contiguous."""
         addresses = rank_TK.data_ptr(), local_TK.data_ptr(), weight_TK.data_ptr()
-        self._route(self.pointer, len(rank_TK), *addresses)
+        self._route(self._pointer, len(rank_TK), *addresses)
         return int(self._exchange.fault)
 
     def send(self, x_TH: torch.Tensor) -> None:
         """Sends the rows that were routed last. Rows contiguous."""
-        self._send(self.pointer, len(x_TH), x_TH.data_ptr(), x_TH.stride(0))
+        self._send(self._pointer, len(x_TH), x_TH.data_ptr(), x_TH.stride(0))
 
     def read(self) -> int:
         """Number of entries; they lie in ``row_N`` and the others."""
-        self._read(self.pointer)
+        self._read(self._pointer)
         return int(self._exchange.num_entries)
 
     def give_back(self, rows_NH: torch.Tensor) -> None:
         """To the owners of what was read last. Contiguous."""
-        self._return(self.pointer, rows_NH.data_ptr())
+        self._return(self._pointer, rows_NH.data_ptr())
 
     def add_up(self, num_tokens: int) -> torch.Tensor:
         out_TH = torch.empty(num_tokens, self._exchange.hidden_size)
-        self._add_up(self.pointer, num_tokens, out_TH.data_ptr())
+        self._add_up(self._pointer, num_tokens, out_TH.data_ptr())
         return out_TH
 
     def ring(self) -> None:
-        self._ring(self.pointer)
+        self._ring(self._pointer)
+
+    def send_header(self, step: int, bank: int, data: Sequence[int]) -> None:
+        """Tells all members, and rings."""
+        self._own_D[:] = data
+        self.expect_headers(step, bank)
+        self._send_header(self._pointer, self._header_pointer)
+
+    def expect_headers(self, step: int, bank: int) -> None:
+        """Those of this step have not been seen yet."""
+        num_ranks, num_data = self._data_GD.shape
+        self._header.step, self._header.bank = step, self._header_at + 8 * bank * num_ranks * (1 + num_data)
+        self._header.is_due = 1
+
+    def expect_no_headers(self) -> None:
+        self._header.is_due = 0
+
+    def await_headers(self, floor: int, most_ns: int) -> None:
+        """One part of the wait for those of the others: see `headers_are_here`."""
+        self._wait.floor, self._wait.most_ns = floor, most_ns
+        self._await_headers(self._pointer, self._wait_pointer, self._header_pointer)
+
+    @property
+    def headers_are_here(self) -> bool:
+        """All, whole, and with one digest: then ``headers`` are their data words in the order of members."""
+        return not self._header.is_due
+
+    @property
+    def headers(self) -> list[list[int]]:
+        rows: list[list[int]] = self._data_GD[: len(self._members)].tolist()
+        return rows
 
     def set_floor(self, floor: int) -> None:
         """Of the waits in a pass: the lowest word of the epoch."""
@@ -162,7 +215,7 @@ class CompiledExchange:
     def wait(self, most_ns: int) -> int:
         """A part of the wait that was begun, or all of it; PENDING: not over."""
         self._wait.most_ns = most_ns
-        (self._sleep if most_ns else self._look)(self.pointer, self.wait_pointer)
+        (self._sleep if most_ns else self._look)(self._pointer, self._wait_pointer)
         return int(self._wait.end)
 
 

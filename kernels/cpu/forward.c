@@ -10,7 +10,10 @@
 #include "exchange.h"
 #include "model.h"
 
-enum { BEGINS = 0, WAITS_FOR_TOKENS = 1, WAITS_FOR_ROWS = 2, DONE = 3, BAD_ROUTING = 4, BAD_ROWS = 5, NO_MEMORY = 6 };
+enum {
+    BEGINS = 0, WAITS_FOR_HEADERS = 1, WAITS_FOR_TOKENS = 2, WAITS_FOR_ROWS = 3, DONE = 4,
+    BAD_ROUTING = 5, BAD_ROWS = 6, NO_MEMORY = 7
+};
 
 /* Laid out as in structures.py. Of `dense` and `moe` one is there. */
 typedef struct {
@@ -41,6 +44,7 @@ typedef struct {
 typedef struct {
     exchange_t *exchange;
     wait_t *wait;
+    header_t *header; /* own tokens go as far as they can alone before it is waited for */
     float *x_TH, *normed_TH, *shared_TH, *routed_TH, *weight_TK, *rows_NH;
     int64_t *expert_TK, *rank_TK, *local_TK;
     const model_t *model;
@@ -93,6 +97,16 @@ static int words_come(pass_t *p, int64_t word_at, int64_t word_step)
     regrow_wait(p->exchange, w);
     p->own_ns -= now_ns() - begun;
     return w->end == COMPLETE;
+}
+
+static int headers_come(pass_t *p)
+{
+    if (!p->header->is_due) return 1;
+    p->wait->most_ns = p->most_wait_ns;
+    const int64_t begun = now_ns();
+    regrow_await_headers(p->exchange, p->wait, p->header);
+    p->own_ns -= now_ns() - begun;
+    return !p->header->is_due;
 }
 
 static void send_tokens(pass_t *p)
@@ -150,8 +164,7 @@ static void begin_layers(pass_t *p)
                 break;
             choose_copies(p, p->experts + p->moe_layer);
             regrow_route_tokens(p->exchange, b->num_tokens, p->rank_TK, p->local_TK, p->weight_TK);
-            if (p->exchange->fault) p->stage = BAD_ROUTING;
-            else send_tokens(p);
+            p->stage = p->exchange->fault ? BAD_ROUTING : WAITS_FOR_HEADERS;
             return;
         }
         if (b->num_tokens && regrow_dense(layer->dense, b->num_tokens, p->x_TH)) break;
@@ -167,7 +180,11 @@ static void go_on(pass_t *p)
         const experts_t *const experts = p->experts + p->moe_layer;
         if (p->stage == BEGINS) {
             begin_layers(p);
-            if (p->stage != WAITS_FOR_TOKENS || !words_come(p, e->dispatch_word, 2 * sizeof(int64_t))) return;
+            if (p->stage != WAITS_FOR_HEADERS || !headers_come(p)) return;
+        }
+        if (p->stage == WAITS_FOR_HEADERS) {
+            send_tokens(p);
+            if (!words_come(p, e->dispatch_word, 2 * sizeof(int64_t))) return;
         }
         if (p->stage == WAITS_FOR_TOKENS) {
             __atomic_fetch_add(p->num_operations, 1, __ATOMIC_RELAXED);

@@ -22,7 +22,7 @@ from kernels.cpu.library import POINTER, kernel_function
 from kernels.cpu.mlp import DenseKernel, HeadKernel, MoeKernel
 from kernels.heap_layout import EpShape
 
-BEGINS, WAITS_FOR_TOKENS, WAITS_FOR_ROWS, DONE, BAD_ROUTING, BAD_ROWS, NO_MEMORY = range(7)
+BEGINS, WAITS_FOR_HEADERS, WAITS_FOR_TOKENS, WAITS_FOR_ROWS, DONE, BAD_ROUTING, BAD_ROWS, NO_MEMORY = range(8)
 
 _Int64Array = npt.NDArray[np.int64]
 
@@ -137,7 +137,7 @@ class _Pass(ctypes.Structure):
     """pass_t"""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("exchange", "wait")),
+        *((name, ctypes.c_void_p) for name in ("exchange", "wait", "header")),
         *((name, ctypes.c_void_p) for name in ("x_TH", "normed_TH", "shared_TH", "routed_TH", "weight_TK", "rows_NH")),
         *((name, ctypes.c_void_p) for name in ("expert_TK", "rank_TK", "local_TK")),
         *((name, ctypes.c_void_p) for name in ("model", "batch", "experts")),
@@ -163,7 +163,7 @@ class ForwardPass:
         self._ep, self._exchange = ep, exchange
         self._kept: tuple[object, ...] = ()
         arrays: list[npt.NDArray[Any]] = [*self._floats, self._weight_MK, self._rows_NH, *self._numbers]
-        self._pass = _Pass(exchange.pointer, exchange.wait_pointer, *(array.ctypes.data for array in arrays))
+        self._pass = _Pass(*exchange.pointers, *(array.ctypes.data for array in arrays))
         self._pass.misses_T = self.misses_M.ctypes.data
         self._pointer = ctypes.addressof(self._pass)
         self._forward = kernel_function("regrow_forward", POINTER)
@@ -188,8 +188,8 @@ class ForwardPass:
         return logits_SV
 
     def go_on(self, most_wait_ns: int) -> int:
-        """As far as waits of at most this long allow; the stage reached. Behind WAITS_FOR_TOKENS and WAITS_FOR_ROWS
-        once the caller has seen the words of `step`."""
+        """As far as waits of at most this long allow; the stage reached. Behind a wait once the caller has seen
+        its words, those of `step`, or the headers."""
         self._pass.most_wait_ns = most_wait_ns
         self._forward(self._pointer)
         return int(self._pass.stage)

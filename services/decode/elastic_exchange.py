@@ -69,7 +69,8 @@ class ElasticExchange:
         return self._missed_T
 
     def run(self, layer: int, x_TH: Tensor, topk_expert_TK: Tensor, topk_weight_TK: Tensor) -> Tensor:
-        """See `common.model.experts.ExpertExchange`. Raises VoidRound when an operation did not complete."""
+        """See `common.model.experts.ExpertExchange`. Waits for headers that are due. Raises VoidRound when an operation
+        did not complete."""
         assert self._group is not None and self._choice is not None, "no epoch entered"
         group, moe_layer = self._group, self._moe_layer[layer]
         logical_TK = topk_expert_TK.numpy()
@@ -103,6 +104,8 @@ class ElasticExchange:
     def _step_by_step(self, group: ElasticGroup, moe_layer: int, sent: _Sent) -> tuple[Tensor, int]:
         """With this rank's own work between the waits, where a fault can slow it down."""
         self._pace.pause()
+        if group.header_due and group.await_headers() is None:
+            raise VoidRound
         received = group.dispatch(*sent)
         if received is None:
             raise VoidRound

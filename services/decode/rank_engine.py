@@ -216,7 +216,17 @@ class RankEngine:
 
     def exchange_headers(self, header: RoundHeader, stop: Callable[[], bool]) -> dict[int, RoundHeader] | None:
         """The headers of all members, or None: the round is void."""
-        gathered = self._open_group().allgather(header.words(), stop)
+        self._open_group().allgather(header.words(), stop)
+        return self.headers
+
+    def send_header(self, header: RoundHeader, stop: Callable[[], bool]) -> None:
+        """The same without waiting: `compute` does that where it needs the others, and ``headers`` has them then."""
+        self._open_group().send_header(header.words(), stop)
+
+    @property
+    def headers(self) -> dict[int, RoundHeader] | None:
+        """Of this round; None: they did not all come."""
+        gathered = self._open_group().headers
         if gathered is None:
             return None
         return {rank: RoundHeader.from_words(words) for rank, words in gathered.words_by_rank.items()}
@@ -252,6 +262,8 @@ class RankEngine:
                 judged = prompt_logprobs(logits_SV[row : row + num_rows], step.sampling, step.prompt, step.position)
             outputs.append(Computed(next(choices) if step.samples else None, tuple(judged), missed))
             row, token = row + num_rows, token + num_tokens
+        if self._open_group().header_due and self._open_group().await_headers() is None:
+            return None
         # Read once, at the end: clean now means that all which this round has received was complete (PROTOCOL 2.4).
         return outputs if self._open_group().status == CLEAN else None
 

@@ -77,17 +77,7 @@ class Rounds:
         self._pace.resume()
         header, steps = self._header_and_steps()
         self._pace.pause()
-        headers = self._engine.exchange_headers(header, must_stop)
-        plan = RoundPlan.of(headers) if headers else None
-        outputs: list[Computed] | None = None
-        if plan:
-            self._pace.resume()
-            self.num_headers += 1
-            self._num_of_group = plan.num_rounds
-            begun = self._clock()
-            outputs = self._engine.compute(steps) if plan.num_tokens else []
-            self._num_passes += plan.num_tokens > 0
-            self._compute_s += self._clock() - begun
+        plan, outputs = self._exchange(header, steps, must_stop)
         self.ended_at = self._clock()
         if plan is None or outputs is None:
             self._num_void += 1
@@ -99,6 +89,35 @@ class Rounds:
             self._all_idle = plan.all_idle
             self._rest_until = self.ended_at + (self._idle_poll_s if plan.all_idle else BARE_ROUND_S)
         return plan
+
+    def _exchange(
+        self, header: RoundHeader, steps: list[Step], must_stop: Callable[[], bool]
+    ) -> tuple[RoundPlan | None, list[Computed] | None]:
+        """What follows from all headers, None when they did not come, and what was computed. Who has tokens himself
+        knows that there is work, and does not wait for headers before his first tokens have to go to others."""
+        outputs: list[Computed] | None = None
+        if steps:
+            self._engine.send_header(header, must_stop)
+            outputs = self._compute(steps)
+            headers = self._engine.headers
+        else:
+            headers = self._engine.exchange_headers(header, must_stop)
+        if headers is None:
+            return None, None
+        plan = RoundPlan.of(headers)
+        self.num_headers += 1
+        self._num_of_group = plan.num_rounds
+        if not steps:
+            outputs = self._compute(steps) if plan.num_tokens else []
+        return plan, outputs
+
+    def _compute(self, steps: list[Step]) -> list[Computed] | None:
+        self._pace.resume()
+        begun = self._clock()
+        outputs = self._engine.compute(steps)
+        self._num_passes += 1
+        self._compute_s += self._clock() - begun
+        return outputs
 
     def _header_and_steps(self) -> tuple[RoundHeader, list[Step]]:
         membership = self._membership

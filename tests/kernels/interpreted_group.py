@@ -14,9 +14,10 @@ import torch
 from kernels.device_group import DeviceGroup
 from kernels.elastic_mode import ElasticMode
 from kernels.epoch_state import CLEAN, VOID
+from kernels.header_exchange import HeaderRound
 from kernels.heap_layout import HeapLayout
 from kernels.received import Received, sum_of_each_row
-from kernels.reference import ElasticGroup, HeaderRound
+from kernels.reference import ElasticGroup
 from kernels.symmetric_memory.base import SymmetricHeap
 
 

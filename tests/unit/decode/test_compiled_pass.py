@@ -26,7 +26,7 @@ from kernels.reference import ElasticGroup
 from services.decode.elastic_exchange import ElasticExchange
 from services.decode.expert_slots import ExpertSlots
 from services.decode.load_counts import CountedLoad
-from tests.kernels.local_group import LocalGroup, local_group
+from tests.kernels.local_group import GENEROUS_S, LocalGroup, local_group
 from tests.unit.model.tiny_models import TINY_RANDOM, int64
 
 RANKS = (0, 1, 2)
@@ -214,3 +214,74 @@ def test_what_does_not_fit_is_refused_before_anything_is_sent(tmp_path: Path) ->
             ranks[0].model.forward(Batch(one, one, one, int64([[1]]), one))
         for rank in RANKS:
             assert torch.equal(cluster.snapshot(rank), before[rank])
+
+
+Kind = Callable[[list[Rank]], None]
+
+
+@pytest.mark.parametrize("prepare", [lambda ranks: None, all_layer_by_layer], ids=["at-once", "by-layer"])
+@pytest.mark.parametrize("fault", [None, VoidReason.STOPPED, VoidReason.DIGEST, VoidReason.HOST_POISON])
+def test_nothing_is_dispatched_before_the_headers_are_here(
+    tmp_path: Path, prepare: Kind, fault: VoidReason | None
+) -> None:
+    """PROTOCOL 1.4: whoever has tokens computes them meanwhile, but they stay at home."""
+    with three_ranks(tmp_path / "heaps") as (cluster, ranks):
+        prepare(ranks)
+        late, stopping = cluster.ranks[2], threading.Event()
+        for rank in RANKS:
+            cluster.ranks[rank].adopt(2, RANKS, 78 if rank == 2 and fault is VoidReason.DIGEST else 77)
+        before = [cluster.layout.view(cluster.snapshot(rank), "ep_dispatch_rows") for rank in RANKS]
+        words = [cluster.layout.view(cluster.snapshot(rank), "ep_dispatch_word") for rank in RANKS]
+
+        def run(group: ElasticGroup) -> list[Tensor] | None:
+            if group is late:
+                deadline = time.monotonic() + GENEROUS_S
+                while any(2 not in cluster.ranks[rank].missing for rank in (0, 1)):
+                    assert time.monotonic() < deadline
+                    time.sleep(0.001)
+                time.sleep(0.02)  # longer than one part of a wait
+                for rank in RANKS:
+                    heap_U8 = cluster.snapshot(rank)
+                    assert torch.equal(cluster.layout.view(heap_U8, "ep_dispatch_rows"), before[rank])
+                    assert torch.equal(cluster.layout.view(heap_U8, "ep_dispatch_word"), words[rank])
+                if fault is VoidReason.HOST_POISON:
+                    for other in (0, 1):
+                        cluster.ranks[other].poison_self(2)
+                elif fault is VoidReason.STOPPED:
+                    stopping.set()
+                if fault in (VoidReason.HOST_POISON, VoidReason.STOPPED):
+                    return None
+            group.send_header([group.rank], stopping.is_set)
+            try:
+                return ranks[group.rank].passes(1)
+            except VoidRound:
+                return None
+
+        results = cluster.run(run)
+        if fault is None:
+            assert all(results.values())
+            for group in cluster.ranks:
+                assert group.headers is not None and not group.header_due
+                assert {rank: words[0] for rank, words in group.headers.words_by_rank.items()} == {0: 0, 1: 1, 2: 2}
+            return
+        assert not any(results.values())
+        reasons = {group.void_reason for group in cluster.ranks[:2]}
+        assert fault in reasons <= {fault, VoidReason.PEER_POISON}
+        for group in cluster.ranks[:2]:
+            assert group.headers is None and not group.observation_mask().any()
+            assert not (cluster.layout.view(cluster.snapshot(group.rank), "ep_dispatch_word")[:, 0] >= 2 << 40).any()
+
+
+def test_headers_are_sent_and_awaited_in_turns(tmp_path: Path) -> None:
+    with three_ranks(tmp_path / "heaps") as (cluster, _):
+        group = cluster.ranks[0]
+        with pytest.raises(RuntimeError, match="send_header comes first"):
+            group.await_headers()
+        group.send_header([1])
+        with pytest.raises(RuntimeError, match="not waited for"):
+            group.send_header([1])
+        with pytest.raises(RuntimeError, match="out of order"):
+            group.clean_buffer(1.0)
+        none_TK = torch.zeros(0, 4, dtype=torch.int64)
+        with pytest.raises(RuntimeError, match="out of order"):
+            group.dispatch(torch.zeros(0, 64), none_TK, none_TK, torch.zeros(0, 4))
