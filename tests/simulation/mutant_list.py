@@ -23,6 +23,7 @@ class Mutant:
 
 _WAIT = "kernels/word_wait.py"
 _REFERENCE = "kernels/reference.py"
+_HEADERS = "kernels/header_exchange.py"
 _ENGINE = "services/decode/rank_engine.py"
 _DELIVERY = "services/decode/delivery.py"
 _RANK = "services/decode/membership.py"
@@ -352,14 +353,14 @@ MUTANTS = (
         "no-header-barrier",
         (
             (
-                _REFERENCE,
-                "        if not self._await_words(self._own.header_wait[bank], step, deadline_s, stop):\n"
+                _HEADERS,
+                "        if not self._await_words(self._own.header_wait[due.bank], due.step, deadline_s, self._stop):\n"
                 "            return None\n",
                 "",
             ),
             (
-                _REFERENCE,
-                "        if (rows >> _HIGH_HALF != header_tag(step)).any():\n"
+                _HEADERS,
+                "        if (rows >> _HIGH_HALF != header_tag(due.step)).any():\n"
                 "            self._void(VoidReason.FUTURE_WORD)\n            return None\n",
                 "",
             ),
@@ -396,13 +397,13 @@ MUTANTS = (
     ),
     Mutant(
         "no-digest",
-        ((_REFERENCE, "if len({row[0] for row in data_by_member}) > 1:", "if False:"),),
+        ((_HEADERS, "if len({row[0] for row in data_by_member}) > 1:", "if False:"),),
         num_seeds=100,
         by_test="tests/kernels/test_ep_waits.py",
     ),
     Mutant(
         "no-tags-in-headers",
-        ((_REFERENCE, "if (rows >> _HIGH_HALF != header_tag(step)).any():", "if False:"),),
+        ((_HEADERS, "if (rows >> _HIGH_HALF != header_tag(due.step)).any():", "if False:"),),
         num_seeds=100,
         by_test="tests/kernels/test_ep_waits.py",
     ),
