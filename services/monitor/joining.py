@@ -190,8 +190,15 @@ class Joining:
         self._give_masked_back(now)
 
     def _give_masked_back(self, now: float) -> None:
+        """After a take-over a masked rank is bound to whatever number was free, so the last holder of that one may
+        still be there: stopped and unheard, or heard and not reaped."""
+        if self._unheard:
+            return
+        claimed = {process.beat.rank: process.id for process in self._table.of_kind("decode")}
         for slot in self._slots.in_state(SlotState.MASKED):
             process = self._table.get(slot.process)
+            if claimed.get(slot.rank, slot.process) != slot.process:
+                continue
             if process is not None and slot.process in self._unmasked and slot.left and not process.must_greet:
                 self._unmasked.discard(slot.process)
                 self._give(slot, process, now)

@@ -1,6 +1,7 @@
 """A monitor starts beside a group that lives: it learns, and changes nothing before it is sure."""
 
 import msgspec
+import pytest
 
 from common.config import DecodeConfig
 from common.ids import NO_RANK, ProcessId
@@ -221,6 +222,39 @@ def test_a_masked_rank_that_died_while_its_agent_was_away_does_not_stay_masked()
     driver.enter("decode", "decode-7")
     driver.advance(0.5)
     assert driver.ranks == [0, 1, 2]
+
+
+@pytest.mark.parametrize("wakes", [False, True])
+def test_a_masked_rank_does_not_get_the_number_of_one_that_nobody_has_heard(wakes: bool) -> None:
+    """Seed 3864 of the simulation: the only member was stopped when the monitor died, and the masked rank, known to be
+    in no group, was bound to the member's number."""
+    driver = Driver()
+    puppets = driver.form()
+    assert driver.fault("m", "mask", rank=1) == "accepted"
+    for puppet in (puppets[0], puppets[2]):
+        puppet.is_beating = puppet.follows = False
+    _restart(driver)
+    agent = driver.puppets[ProcessId("agent-0-a")]
+    puppets[1].state = "masked"
+    driver.advance(1.2)
+    agent.term = puppets[1].term = driver.monitor.counter.term
+    driver.hello(agent, children=tuple(puppets))
+    driver.hello(puppets[1])
+    driver.advance(CONFIG.monitor.heartbeat_timeout_s + 0.5)
+    assert driver.monitor.phase is Phase.ACTIVE and driver.monitor.slots.slots[0].process == puppets[1].process
+    driver.fault("u", "unmask", rank=0)
+    driver.advance(0.5)
+    if wakes:
+        for puppet in (puppets[0], puppets[2]):
+            puppet.term = driver.monitor.counter.term
+            driver.hello(puppet)
+            puppet.is_beating = True
+        driver.advance(1.0)
+    assert driver.monitor.slots.slots[0].state is SlotState.MASKED, "decode-0 still takes itself for rank 0"
+    for puppet in (puppets[0], puppets[2]):
+        driver.exited(puppet)
+    driver.advance(0.5)
+    assert puppets[1].rank == 0
 
 
 def test_numbers_of_which_nobody_was_heard_are_not_used_again() -> None:
