@@ -36,6 +36,7 @@ class Tokenizer:
         self._special_tokens = dict(special_tokens)
         self._template = None if chat_template is None else _compile(chat_template)
         self._decode_few = lru_cache(_NUM_REMEMBERED)(self._decode)
+        self.shown = lru_cache(_NUM_REMEMBERED)(self._shown)
 
     @classmethod
     def load(cls, directory: Path | str) -> "Tokenizer":
@@ -89,6 +90,11 @@ class Tokenizer:
 
     def _decode(self, ids: tuple[int, ...], skip_special_tokens: bool) -> str:
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def _shown(self, id: int) -> tuple[str, int]:
+        """The text of one token by itself, special tokens show their names; and the number of characters that it adds
+        to a text, in which special tokens do not show."""
+        return self.decode((id,), skip_special_tokens=False), len(self.decode((id,)))
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any

@@ -27,12 +27,9 @@ from services.router.text_stream import TextDelta
 
 
 class TokenTexts(Protocol):
-    def token_text(self, id: int) -> str:
-        """The text of one token by itself; special tokens show their names."""
-        ...
-
-    def num_characters(self, id: int) -> int:
-        """The token's part in a text, which special tokens have none in."""
+    def shown(self, id: int) -> tuple[str, int]:
+        """The text of one token by itself, special tokens show their names; and the number of characters that are its
+        part in a text, in which special tokens have none."""
         ...
 
 
@@ -178,15 +175,19 @@ class Answer:
         return chat_logprobs(tokens) if self._head.chat else completion_logprobs(tokens, text_offset)
 
     def _tokens(self, delta: TextDelta) -> list[TokenLogprob]:
-        tops = delta.top_logprobs or ((),) * len(delta.ids)
         # Shorter than what came with it where the token is not shown.
-        return [self._token(*token) for token in zip(delta.ids, delta.logprobs, tops, strict=False)]
+        if delta.top_logprobs:
+            return [self._token(*token) for token in zip(delta.ids, delta.logprobs, delta.top_logprobs, strict=False)]
+        return [
+            TokenLogprob(text, logprob, num_characters)
+            for (text, num_characters), logprob in zip(map(self._texts.shown, delta.ids), delta.logprobs, strict=False)
+        ]
 
     def _prompt_tokens(self, ids: Sequence[int], delta: TextDelta) -> list[TokenLogprob]:
         rest = zip(ids[1:], delta.prompt_logprobs, strict=True)
         return [self._token(ids[0], None, ()), *(self._token(id, logprob, top) for id, (logprob, top) in rest)]
 
     def _token(self, id: int, logprob: float | None, top: TopLogprobs) -> TokenLogprob:
-        texts = self._texts
-        alternatives = tuple((texts.token_text(other), value) for other, value in top)
-        return TokenLogprob(texts.token_text(id), logprob, texts.num_characters(id), alternatives)
+        text, num_characters = self._texts.shown(id)
+        alternatives = tuple((self._texts.shown(other)[0], value) for other, value in top)
+        return TokenLogprob(text, logprob, num_characters, alternatives)

@@ -50,26 +50,28 @@ async def send_stream(
     await response.prepare(request)
 
     async def write(data: bytes) -> None:
-        async with asyncio.timeout(send_timeout_s):
-            await response.write(data)
+        if data:
+            async with asyncio.timeout(send_timeout_s):
+                await response.write(data)
 
     # A write fails when the client is gone, and times out when it has stopped reading.
     with contextlib.suppress(ConnectionError, TimeoutError):
         try:
-            deltas = first
+            deltas, last_words = first, b""
             await write(_events(answer.opening()))
             while True:
-                await write(_events([body for delta in deltas for body in answer.chunks(*delta)]))
+                events = _events([body for delta in deltas for body in answer.chunks(*delta)])
                 if answer.is_complete:
+                    last_words = events + _events(answer.closing())
                     break
+                await write(events)
                 if response.chunked and request.transport is not None:
                     generations.go_direct(_direct_way(request.transport, answer))
                 deltas = await generations.next_ones()
-            await write(_events(answer.closing()))
         except ApiError as error:
-            await write(_events([error_body(error)]))
-        await write(b"data: [DONE]\n\n")
-        await response.write_eof()
+            last_words = _events([error_body(error)])
+        async with asyncio.timeout(send_timeout_s):
+            await response.write_eof(last_words + b"data: [DONE]\n\n")
     return response
 
 

@@ -26,6 +26,7 @@ from services.router.served_model import ServedModel
 from services.router.tokenization import parse_detokenize, parse_tokenize
 
 log = logging.getLogger("regrow.http")
+_SMALL_BODY_BYTES = 1 << 12  # tokenized in less time than a thread takes to be woken
 
 
 class Gateway(Protocol):
@@ -101,14 +102,15 @@ class HttpApi:
         model = gateway.model()
         parsed = parse_request(body, chat, model.limits)
         # Off the loop: a body of megabytes must not hold up the streams of others.
-        prompts = await asyncio.to_thread(model.prompts, parsed)
+        is_small = len(body) <= _SMALL_BODY_BYTES
+        prompts = model.prompts(parsed) if is_small else await asyncio.to_thread(model.prompts, parsed)
         choices = plan_choices(parsed, prompts, model.limits, gateway.max_choices(), gateway.draw_seed)
         with gateway.open(choices, parsed.stops) as generations:
             id = f"{'chatcmpl' if chat else 'cmpl'}-{generations.id}"
             if REQUEST_ID in request.headers:
                 log.info("%s is %s of the client", id, request_id(request, "unnamed"))
             head = ResponseHead(id, model.limits.name, int(time.time()), chat)
-            answer = Answer(head, parsed, choices, model)
+            answer = Answer(head, parsed, choices, model.tokenizer)
             # An error before the first token has its own HTTP status, streaming or not.
             first = await generations.next_ones()
             if parsed.stream:

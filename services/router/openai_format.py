@@ -125,6 +125,8 @@ def completion_logprobs(tokens: Sequence[TokenLogprob], text_offset: int) -> Bod
 def _alternatives(token: TokenLogprob) -> dict[str, float] | None:
     if token.logprob is None:
         return None
+    if not token.top:
+        return {token.text: token.logprob}
     alternatives: dict[str, float] = {}
     for text, logprob in token.top:
         alternatives.setdefault(text, logprob)

@@ -47,14 +47,6 @@ class ServedModel:
     def detokenizer(self) -> IncrementalDetokenizer:
         return IncrementalDetokenizer(self.tokenizer)
 
-    def token_text(self, id: int) -> str:
-        """The text of one token by itself; special tokens show their names."""
-        return self.tokenizer.decode_few((id,), skip_special_tokens=False)
-
-    def num_characters(self, id: int) -> int:
-        """What one token adds to a text, in which special tokens do not show."""
-        return len(self.tokenizer.decode_few((id,)))
-
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         try:
             return self.tokenizer.render_chat(messages, add_generation_prompt)

@@ -18,11 +18,9 @@ TEXTS = ("a", "\u00e9", '"text":"","logprobs":null', "\\", "", "\u2028\U0001f600
 
 
 class Texts:
-    def token_text(self, id: int) -> str:
-        return TEXTS[id % len(TEXTS)]
-
-    def num_characters(self, id: int) -> int:
-        return len(self.token_text(id)) if id % 3 else 0
+    def shown(self, id: int) -> tuple[str, int]:
+        text = TEXTS[id % len(TEXTS)]
+        return text, len(text) if id % 3 else 0
 
 
 def parsed(chat: bool, **fields: object) -> ParsedRequest:
