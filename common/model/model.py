@@ -143,7 +143,6 @@ class Model:
         ]
         self._compiled = CompiledModel(kernels, self._embedding, self._head)
 
-    @torch.inference_mode()
     def forward(self, batch: Batch, on_kv: Callable[[int], None] | None = None) -> Tensor:
         """Logits fp32 [S, V] of the asked tokens; writes the cache rows of all tokens.
 
@@ -162,6 +161,7 @@ class Model:
         logits_SV = self._exchange.run_pass(self._compiled, checked) if self._exchange and on_kv is None else None
         return self._layer_by_layer(checked, on_kv) if logits_SV is None else logits_SV
 
+    @torch.inference_mode()
     def _layer_by_layer(self, checked: CheckedBatch, on_kv: Callable[[int], None] | None) -> Tensor:
         if checked.num_tokens == 0:
             for layer in self._layers:

@@ -2,16 +2,19 @@
 
 No generator state exists, so nothing can be lost: a request that goes on elsewhere draws the same numbers. The uniform
 number of (seed, output index) is a SplitMix64 hash (Steele, Lea, Flood, OOPSLA 2014). Sums run in fp64 over one row
-in a fixed order, so the result does not depend on a batch. numpy only.
+in a fixed order, so the result does not depend on a batch. No torch.
 
 Legend: R rows, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from kernels.cpu.draw import RowDraw, draw_tokens
 
 _MASK = (1 << 64) - 1
 
@@ -58,13 +61,14 @@ def sample_rows(logits_RV: npt.NDArray[np.float32], draws: Sequence[Draw]) -> li
         raise ValueError("logits of a row are not finite; the weights or the KV cache are damaged")
     shifted_RV = logits - top_R[:, None]
     total_R = np.exp(shifted_RV).sum(axis=1)
-    chosen = []
-    for shifted, total, token, draw in zip(shifted_RV, total_R, greedy_R.tolist(), draws, strict=True):
-        if draw.temperature > 0:
-            number = uniform(draw.seed, draw.output_index)
-            token = _draw(shifted / draw.temperature, draw.top_p, draw.top_k, draw.min_p, number)
-        chosen.append((token, float(shifted[token]) - float(np.log(total))))
-    return chosen
+    token_R = greedy_R.tolist()
+    drawn = [row for row, draw in enumerate(draws) if draw.temperature > 0]
+    if drawn:
+        places = draw_tokens(shifted_RV, [_row_draw(row, draws[row]) for row in drawn])
+        for row, token in zip(drawn, places, strict=True):
+            token_R[row] = token
+    logprob_R = shifted_RV[np.arange(len(token_R)), token_R] - np.log(total_R)
+    return list(zip(token_R, logprob_R.tolist(), strict=True))
 
 
 def uniform(seed: int, index: int) -> float:
@@ -72,24 +76,10 @@ def uniform(seed: int, index: int) -> float:
     return (_mix(_mix(seed & _MASK) + index) >> 11) * 2.0**-53
 
 
-def _draw(scaled_V: npt.NDArray[np.float64], top_p: float, top_k: int, min_p: float, number: float) -> int:
-    """The token at a random place of the order by falling value, equal ones by id.
-
-    Only values are sorted, and only those kept: the sums that place a token do not depend on which of the equal ones
-    comes first, and its id follows from how many are larger. A stable sort of ids costs ten times as much.
-    """
-    kept = scaled_V if min_p <= 0.0 else scaled_V[scaled_V >= np.log(min_p)]
-    if 0 < top_k < len(kept):
-        kept = np.partition(kept, len(kept) - top_k)[-top_k:]
-    falling = np.sort(kept)[::-1].copy()
-    cumulative = np.cumsum(np.exp(falling))
-    if top_p < 1.0:
-        num_kept = int(np.searchsorted(cumulative, top_p * cumulative[-1])) + 1
-        cumulative = cumulative[:num_kept]
-    chosen = int(np.searchsorted(cumulative, number * cumulative[-1], side="right"))
-    place = min(chosen, len(cumulative) - 1)
-    num_larger = int(np.count_nonzero(scaled_V > falling[place]))
-    return int(np.flatnonzero(scaled_V == falling[place])[place - num_larger])
+def _row_draw(row: int, draw: Draw) -> RowDraw:
+    temperature, top_p, top_k, min_p, seed, index = draw
+    least = -math.inf if min_p <= 0.0 else math.log(min_p)
+    return RowDraw(temperature, top_p, least, uniform(seed, index), row, top_k)
 
 
 def _mix(value: int) -> int:

@@ -311,6 +311,10 @@ def _batch(steps: Sequence[Step]) -> Batch:
     tables = np.zeros((len(steps), width), dtype=np.int64)
     for row, step in zip(tables, steps, strict=True):
         row[: len(step.block_table)] = step.block_table
+    if all(len(step.token_ids) == 1 and step.samples and not step.judges_prompt for step in steps):
+        each = np.arange(len(steps))
+        tokens = np.array([step.token_ids[0] for step in steps], dtype=np.int64)
+        return Batch(tokens, np.array([step.position for step in steps], dtype=np.int64), each, tables, each)
     sizes = np.array([len(step.token_ids) for step in steps])
     starts = np.array([step.position for step in steps])
     ends = np.cumsum(sizes)
