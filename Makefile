@@ -13,7 +13,7 @@ help:
 	@echo "make up            start a cluster on http://127.0.0.1:8000; Ctrl-C stops it"
 	@echo "make demo          kill a rank under sixteen streams and compare every token"
 	@echo "make test          what must pass: all tests without a GPU, Docker or a target of their own"
-	@echo "make test-faults   every fault against real processes, as a table of what clients saw (20 minutes)"
+	@echo "make test-faults   every fault against real processes, as a table of what clients saw (15 minutes)"
 	@echo "make test-compose  the containers, for real (needs a Docker engine)"
 	@echo "make test-namespaces  several hosts on this machine, links cut for real (needs root, ip and nft)"
 	@echo "make chaos         faults at random under load, from a seed; ARGS=\"--seed 1 --seconds 600\""
@@ -50,10 +50,12 @@ test: $(STAMP)
 	@$(BIN)/python -m pytest -n $(WORKERS) -p tests.parallel_workers $(ARGS)
 
 test-namespaces: $(STAMP)
-	@$(BIN)/python -m pytest -m "root" tests/cluster/test_namespaces.py $(ARGS)
+	@REGROW_FAULTS_COMMAND="make $@" REGROW_FAULTS_TABLE=benchmarks/results/namespaces_cpu_$$(date -u +%F).md \
+	    $(BIN)/python -m pytest -m "root" tests/cluster/test_namespaces.py $(ARGS)
 
 test-faults: $(STAMP)
-	@REGROW_FAULTS_TABLE=benchmarks/results/faults_cpu_$$(date -u +%F).md $(BIN)/python -m pytest -m faults --timeout 600 $(ARGS)
+	@REGROW_FAULTS_COMMAND="make $@" REGROW_FAULTS_TABLE=benchmarks/results/faults_cpu_$$(date -u +%F).md \
+	    $(BIN)/python -m pytest -m faults --timeout 600 $(ARGS)
 
 test-compose: $(STAMP)
 	@$(BIN)/python -m pytest -m compose --timeout 1800 $(ARGS)

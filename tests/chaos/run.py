@@ -30,7 +30,7 @@ from tests.chaos.injector import Injector
 from tests.chaos.schedule import Fault, router_schedule, schedule
 from tests.cluster.harness import Cluster, outcome, stream_all, varied_bodies
 
-NUM_STREAMS, MAX_TOKENS, NUM_RANKS, NUM_PREFILL, NUM_ROUTERS = 12, 120, 4, 2, 2
+NUM_STREAMS, MAX_TOKENS, NUM_RANKS, NUM_PREFILL, NUM_ROUTERS = 12, 300, 4, 2, 2
 CLUSTER_OPTIONS = (
     *("--decode-ranks", str(NUM_RANKS), "--prefill-workers", str(NUM_PREFILL), "--routers", str(NUM_ROUTERS)),
 )

@@ -32,9 +32,9 @@ def expected(cluster: Cluster) -> list[Stream]:
 @pytest.fixture(scope="session", autouse=True)
 def faults_table() -> Iterator[None]:
     """What the fault tests of this run have measured, where REGROW_FAULTS_TABLE names a file for it."""
-    yield
     path = os.environ.get("REGROW_FAULTS_TABLE")
+    origin = provenance() | {"command": os.environ.get("REGROW_FAULTS_COMMAND", "pytest")} if path else {}
+    yield
     if path and fault_runs.ROWS:
-        origin = provenance() | {"command": "make test-faults"}
         text = "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in origin.items())
         fault_runs.write_table(Path(path), f"# Faults against real processes\n\n{text}\n")

@@ -68,9 +68,10 @@ async def test_a_streamed_answer_survives_the_death_of_its_rank(cluster: Cluster
             usage = chunk.usage or usage
             text += "".join(choice.delta.content or "" for choice in chunk.choices)
             if not killed and len(text) > 60:
-                status = await cluster.fetch_status()
-                (busy,) = [entry for entry in status["ranks"] if entry["running"]]
-                killed = busy["pid"]
+                # From the router: heartbeats tell of it later, perhaps when the answer is over.
+                (request,) = await cluster.fetch_requests()
+                ranks = (await cluster.fetch_status())["ranks"]
+                (killed,) = [entry["pid"] for entry in ranks if entry["rank"] == request["rank"]]
                 os.kill(killed, signal.SIGKILL)
         assert killed and text == _count(101, 190)
         assert usage is not None and usage.completion_tokens == len(text) + 1
@@ -85,7 +86,7 @@ async def test_a_client_that_leaves_frees_its_rank(cluster: Cluster) -> None:
         await cluster.wait_status(lambda status: sum(entry["running"] for entry in status["ranks"]) == 1)
         response.close()
         freed = await cluster.wait_status(
-            lambda status: sum(entry["kv_used"] + entry["running"] for entry in status["ranks"]) == 0, within_s=5
+            lambda status: sum(entry["kv_used"] + entry["running"] for entry in status["ranks"]) == 0, within_s=20
         )
     assert freed["ranks"]
 

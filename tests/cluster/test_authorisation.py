@@ -15,9 +15,11 @@ from common.cluster_key import write_key
 from common.monitor_address import MonitorAddress
 from services.cli.fault import FaultClient, fault_event
 from services.cli.run_directory import monitor_address, read_description
-from tests.cluster.harness import ROOT, Cluster, outcome, stream_all, until_tokens, varied_bodies
+from tests.cluster.harness import ROOT, Cluster, stream_all, varied_bodies
+from tests.cluster.steady_load import under_load
 
 TOKEN = "a-token-for-the-tests"
+NUM_STREAMS, MAX_TOKENS = 6, 900
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +68,12 @@ async def test_a_stranger_kills_nobody_and_is_seen(secured: Cluster, tmp_path: P
 
 
 async def test_commands_find_the_key_by_the_run_directory_and_streams_go_on(secured: Cluster) -> None:
-    bodies = varied_bodies(4, 60)
-    expected = await stream_all(secured.url, bodies)
+    expected = await stream_all(secured.url, varied_bodies(NUM_STREAMS, MAX_TOKENS))
 
-    async def kill(streams: list[Any]) -> None:
-        await until_tokens(streams, 10)
+    async def kill() -> None:
         assert "done: pid" in await asyncio.to_thread(secured.fault, "kill", rank=1)
 
-    assert [outcome(s) for s in await stream_all(secured.url, bodies, kill)] == [outcome(s) for s in expected]
+    await under_load(secured, expected, kill)
     await secured.wait_status(lambda status: serving(status) == [0, 1])
 
 
@@ -95,11 +95,9 @@ async def test_without_the_token_nothing_is_even_read(secured: Cluster, path: st
 
 
 async def test_drain_and_scale_over_http_are_proven_idempotent_and_observable(secured: Cluster) -> None:
-    bodies = varied_bodies(4, 60)
-    expected = await stream_all(secured.url, bodies)
+    expected = await stream_all(secured.url, varied_bodies(NUM_STREAMS, MAX_TOKENS))
 
-    async def change(streams: list[Any]) -> None:
-        await until_tokens(streams, 10)
+    async def change() -> None:
         status, answer = await post(secured, "/admin/scale", {"decode": 3, "id": "grow"})
         assert (status, answer["status"]) == (200, "done"), answer
         assert serving(await secured.fetch_status()) == [0, 1, 2]
@@ -113,7 +111,7 @@ async def test_drain_and_scale_over_http_are_proven_idempotent_and_observable(se
         status, answer = await post(secured, "/admin/undrain", {"rank": 2})
         assert (status, answer["status"]) == (200, "done")
 
-    assert [outcome(s) for s in await stream_all(secured.url, bodies, change)] == [outcome(s) for s in expected]
+    await under_load(secured, expected, change)
     state = await secured.fetch_status()
     assert state["desired_ranks"] == 3
     targets = [event["target"] for event in state["events"] if event["kind"] == "fault" and event["status"] == "done"]

@@ -9,6 +9,7 @@ import aiohttp
 import pytest
 
 from tests.cluster.fault_runs import (
+    Row,
     assert_same,
     entry_of,
     events,
@@ -71,7 +72,7 @@ async def test_the_last_copy_of_an_expert_is_repaired_from_the_checkpoint(spare:
     async def fault() -> str:
         return await kill(entry_of(before, 1)["pid"])
 
-    await under_fault(spare, expected, "SIGKILL of the rank with the last copy of experts", fault)
+    await under_fault(spare, expected, "SIGKILL of the rank with the last copy of experts", fault, (4, 1))
     after = await whole(spare, 4, 1)
     views = [event for event in events(after, "view", last_seq(before)) if 1 not in event["ranks"]]
     assert views[0]["placement_version"] > before["placement"]["version"], "nothing was repaired"
@@ -92,13 +93,13 @@ async def test_too_few_slots_for_all_experts(bare: Cluster) -> None:
         await asyncio.to_thread(bare.inject, "unmask", rank=1)
         return proof
 
-    await under_fault(bare, expected, "too few slots for all experts for 3 s", fault)
+    await under_fault(bare, expected, "too few slots for all experts for 3 s", fault, (2, 1))
     await whole(bare, 2, 1)
     proof = await asyncio.to_thread(bare.inject, "mask", rank=1)
     body = {**expected[0].body, "stream": False}
     answers = await asyncio.gather(*(refused(bare, body) for _ in range(4)))
     assert answers == [(503, "5")] * 4, answers
-    record(f"too few slots for all experts: 503 after {DEADLINE_S:g} s", proof, 0.0, 4)
+    record(Row(f"too few slots for all experts: 503 after {DEADLINE_S:g} s", proof, 0.0, 0, 4))
     await asyncio.to_thread(bare.inject, "unmask", rank=1)
     await whole(bare, 2, 1)
     assert_same(await stream_all(bare.url, [stream.body for stream in expected]), expected)
@@ -111,7 +112,7 @@ async def test_the_last_decode_rank_is_lost_and_comes_back_in_time(spare: Cluste
     async def fault() -> str:
         return await kill(*[entry["pid"] for entry in before["ranks"]])
 
-    await under_fault(spare, expected, "SIGKILL of all decode ranks", fault)
+    await under_fault(spare, expected, "SIGKILL of all decode ranks", fault, (4, 1))
     await whole(spare, 4, 1)
 
 
@@ -127,7 +128,7 @@ async def test_the_last_decode_rank_is_lost_for_good(bare: Cluster) -> None:
     finally:
         resume(*agents)
     assert answers == [(503, "5")] * 3, answers
-    record(f"all decode ranks lost, none comes back: 503 after {DEADLINE_S:g} s", proof, 0.0, 3)
+    record(Row(f"all decode ranks lost, none comes back: 503 after {DEADLINE_S:g} s", proof, 0.0, 0, 3))
     await whole(bare, 2, 1)
     assert_same(await stream_all(bare.url, [stream.body for stream in expected]), expected)
 
@@ -152,7 +153,7 @@ async def test_with_missing_experts_allowed_what_lacks_one_is_marked_and_nothing
     for stream, other, is_marked in zip(streams, again, marked, strict=True):
         assert is_marked or outcome(stream) == outcome(other), "unmarked, and yet not the fault-free answer"
     assert any(outcome(stream) != outcome(other) for stream, other in zip(streams, again, strict=True))
-    record("an expert without live copy, allow_missing_experts: affected ones marked", proof, 0.0, len(short))
+    record(Row("an expert without live copy, allow_missing_experts: affected ones marked", proof, 0.0, 0, len(short)))
 
 
 async def whole_answer(cluster: Cluster, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -180,6 +181,6 @@ async def test_a_rank_that_flaps_is_given_up_and_the_group_goes_on(spare: Cluste
             await asyncio.sleep(0.02)
         raise AssertionError("the agent has not given up")
 
-    await under_fault(spare, expected, "a rank that dies again and again", fault)
+    await under_fault(spare, expected, "a rank that dies again and again", fault, (3, 1))
     assert len(serving(await spare.fetch_status())) == 3
     assert_same(await stream_all(spare.url, [stream.body for stream in expected]), expected)

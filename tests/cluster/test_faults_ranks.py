@@ -47,6 +47,33 @@ async def test_a_long_stop_ends_in_a_new_life(cluster: Cluster, expected: list[S
     assert after["incarnation"] > before["incarnation"] and after["pid"] != before["pid"]
 
 
+async def test_a_kill_in_a_given_round(cluster: Cluster, expected: list[Stream]) -> None:
+    before = entry_of(await whole(cluster), 1)
+
+    async def fault() -> str:
+        # Heartbeats tell of rounds that are over: far enough ahead not to have been made already.
+        at_round = max(entry["group_rounds"] for entry in (await cluster.fetch_status())["ranks"]) + 600
+        proof = await asyncio.to_thread(cluster.inject, "kill", rank=1, at_round=at_round)
+        done = events(await without(cluster, 1, before["incarnation"]), "fault")[-1]
+        assert at_round <= done["round"] < at_round + 200
+        return f"round {done['round']} for {at_round}; {proof}"
+
+    await under_fault(cluster, expected, "SIGKILL of a rank at a round", fault)
+    assert entry_of(await whole(cluster), 1)["incarnation"] > before["incarnation"]
+
+
+async def test_masked_and_unmasked(cluster: Cluster, expected: list[Stream]) -> None:
+    before = entry_of(await whole(cluster), 3)
+
+    async def fault() -> str:
+        proof = await asyncio.to_thread(cluster.inject, "mask", rank=3)
+        return f"{proof}; {await asyncio.to_thread(cluster.inject, 'unmask', rank=3)}"
+
+    await under_fault(cluster, expected, "mask and unmask of a rank", fault)
+    after = entry_of(await whole(cluster), 3)
+    assert after["pid"] == before["pid"] and after["incarnation"] > before["incarnation"]
+
+
 async def test_a_zombie_that_wakes_is_out_and_joins_anew(cluster: Cluster, expected: list[Stream]) -> None:
     """The agent is stopped meanwhile, so that nobody ends the rank before it wakes."""
     before = entry_of(await whole(cluster), 2)

@@ -5,8 +5,10 @@ import re
 
 import pytest
 
+from common.process_table import state_of
 from services.cli.chat_client import Stream
 from tests.cluster.fault_runs import (
+    Row,
     assert_same,
     entry_of,
     events,
@@ -18,6 +20,7 @@ from tests.cluster.fault_runs import (
     serving,
     stop,
     under_fault,
+    until,
     whole,
 )
 from tests.cluster.harness import Cluster, stream_all, until_tokens
@@ -40,9 +43,12 @@ async def test_a_service_is_killed(cluster: Cluster, expected: list[Stream], nam
 @pytest.mark.parametrize("name", ["monitor", "planner", "agent-0", "router-0", "prefill-0"])
 async def test_a_service_is_stopped_for_seconds(cluster: Cluster, expected: list[Stream], name: str) -> None:
     before = await whole(cluster)
+    pid = [entry["pid"] for entry in (*before["services"], *before["prefill"]) if entry["name"] == name][-1]
 
     async def fault() -> str:
-        return await asyncio.to_thread(cluster.inject, "stop", process=name, duration_s=3)
+        proof = await asyncio.to_thread(cluster.inject, "stop", process=name, duration_s=3)
+        await until(lambda: state_of(pid) != "T", f"{name} resumed")
+        return proof
 
     await under_fault(cluster, expected, f"SIGSTOP of {name} for 3 s", fault)
     after = await whole(cluster)
@@ -66,7 +72,8 @@ async def test_the_router_is_killed(cluster: Cluster, expected: list[Stream]) ->
     async def fault(streams: list[Stream]) -> None:
         await until_tokens(streams, 5)
         proof = await asyncio.to_thread(cluster.inject, "kill", process="router-0")
-        record("SIGKILL of the router (streams end; equal when asked again)", proof, 0.0, len(streams))
+        name, num_met = "SIGKILL of the router (streams end; equal when asked again)", len(streams)
+        record(Row(name, proof, 0.0, num_met, num_met))
 
     streams = await stream_all(cluster.url, [stream.body for stream in expected], fault)
     assert all(stream.error for stream in streams)

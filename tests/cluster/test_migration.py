@@ -27,9 +27,10 @@ from common.view import ranks
 from services.cli.chat_client import Stream
 from services.cli.placement import MonitorTalk, export_placement, import_placement
 from services.cli.run_directory import monitor_address
-from tests.cluster.harness import Cluster, outcome, stream_all, until_tokens, varied_bodies
+from tests.cluster.harness import Cluster, outcome, stream_all, varied_bodies
+from tests.cluster.steady_load import under_load
 
-NUM_STREAMS, MAX_TOKENS = 6, 60
+NUM_STREAMS, MAX_TOKENS = 9, 900
 NUM_MOVES = 3
 # Twelve slots a rank for 32 experts: half of them have one copy, and three ranks have room for all.
 SLOW = """
@@ -157,16 +158,8 @@ async def during_streams(
     cluster: Cluster, expected: list[Stream], what: Callable[[], Awaitable[dict[str, Any]]]
 ) -> dict[str, Any]:
     """Does it in mid-stream; every stream is the one without it."""
-    ended: list[dict[str, Any]] = []
-
-    async def act(streams: list[Stream]) -> None:
-        await until_tokens(streams, 5)
-        ended.append(await what())
-
-    streams = await stream_all(cluster.url, [record.body for record in expected], act)
-    for number, (stream, undisturbed) in enumerate(zip(streams, expected, strict=True)):
-        assert stream.error == "" and outcome(stream) == outcome(undisturbed), f"stream {number} differs"
-    return ended[0]
+    ended, _ = await under_load(cluster, expected, what)
+    return ended
 
 
 async def test_streams_are_exact_while_experts_move(slow: Cluster, expected: list[Stream]) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ import pytest
 
 from common.cluster_key import write_key
 from services.cli.chat_client import Stream
-from tests.cluster.harness import TINY_RANDOM, outcome, stream_all, until_tokens, varied_bodies
+from tests.cluster.fault_runs import Row, record, until
+from tests.cluster.harness import TINY_RANDOM, stream_all, varied_bodies
 from tests.cluster.namespaces import HTTP_PORT, MONITOR_PORT, Host, hosts, monitor_of, why_not
+from tests.cluster.steady_load import under_load
 from tests.own_directory import own_directory_prefix
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(240)]
-NUM_STREAMS, MAX_TOKENS = 6, 900
+NUM_STREAMS, MAX_TOKENS = 9, 900
 PORTS = f"{MONITOR_PORT}-{MONITOR_PORT + 3}"
 
 
@@ -68,13 +70,6 @@ class Several:
             logs = "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in sorted(self.logs.glob("*.log")))
             raise AssertionError(f"not within {within_s} s: {json.dumps(status)[:4000]}\n{logs}") from None
 
-    async def stream_through(self, act: Callable[[list[Stream]], Any]) -> None:
-        """All streams, with ``act`` in their middle; every one must be that of the fault-free run."""
-        streams = await stream_all(self.url, [record.body for record in self.expected], act)
-        for number, (stream, fault_free) in enumerate(zip(streams, self.expected, strict=True)):
-            assert stream.error == "", f"stream {number} failed"
-            assert outcome(stream) == outcome(fault_free), f"stream {number} differs from the fault-free run"
-
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Several]:
@@ -113,21 +108,29 @@ def removed_since(status: dict[str, Any], seq: int) -> list[int]:
     return [event["rank"] for event in status["events"] if event["kind"] == "removed" and event["seq"] > seq]
 
 
-async def cut_and_heal(several: Several, cut: Callable[[], None], heal: Callable[[], None]) -> None:
+async def nothing() -> None:
+    """Streams begin and go on, that is all."""
+
+
+async def measured(several: Several, name: str, act: Callable[[], Awaitable[str]]) -> None:
+    """``act`` returns the proof that links were cut."""
+    proof, load = await under_load(several, several.expected, act)
+    record(Row(name, proof, load.largest_gap_s, load.num_in_course, len(load.streams)))
+
+
+async def cut_and_heal(several: Several, name: str, cut: Callable[[], None], heal: Callable[[], str]) -> None:
     """Under streams: the rank on the cut host is removed, nobody else; when the link is whole again it comes back."""
     before = await several.wait_status(lambda status: len(serving(status)) == 3)
     seq, victim = before["events"][-1]["seq"], rank_on(several.cut_off, before)
 
-    async def act(streams: list[Stream]) -> None:
-        await until_tokens(streams, 10)
-        # Of heartbeats, which come later than tokens do; without such a stream the cut would concern none.
-        await several.wait_status(lambda status: rank_on(several.cut_off, status)["running"] > 0, within_s=10.0)
+    async def act() -> str:
         cut()
         removed = await several.wait_status(lambda status: victim["rank"] not in serving(status))
         assert removed_since(removed, seq) == [victim["rank"]]
-        heal()
+        evidence = [e["evidence"] for e in removed["events"] if e["kind"] == "removed" and e["seq"] > seq]
+        return f"{heal()}; {evidence[-1]}"
 
-    await several.stream_through(act)
+    await measured(several, name, act)
     after = await several.wait_status(lambda status: len(serving(status)) == 3)
     assert removed_since(after, seq) == [victim["rank"]], "somebody else was removed too"
     again = rank_on(several.cut_off, after)
@@ -136,13 +139,20 @@ async def cut_and_heal(several: Several, cut: Callable[[], None], heal: Callable
 
 async def test_a_cable_that_is_pulled_and_plugged_in_again(several: Several) -> None:
     host = several.cut_off
-    await cut_and_heal(several, lambda: host.set_link("down"), lambda: host.set_link("up"))
+
+    def plug_in() -> str:
+        host.set_link("up")
+        return "link down, then up"
+
+    await cut_and_heal(several, "the cable of a rank's host is pulled", lambda: host.set_link("down"), plug_in)
 
 
-def _healed(host: Host) -> Callable[[], None]:
-    def heal() -> None:
-        assert host.num_dropped() > 0, "the cut cut nothing"
+def _healed(host: Host) -> Callable[[], str]:
+    def heal() -> str:
+        num_dropped = host.num_dropped()
+        assert num_dropped > 0, "the cut cut nothing"
         host.heal()
+        return f"{num_dropped} packets dropped"
 
     return heal
 
@@ -157,7 +167,8 @@ async def test_a_rank_cut_off_from_the_monitor_alone(several: Several, direction
         "away from it": [f"output ip daddr {monitor} tcp dport {PORTS}"],
     }
     rules["both ways"] = [rule for one_way in list(rules.values()) for rule in one_way]
-    await cut_and_heal(several, lambda: host.cut(*rules[direction]), _healed(host))
+    name = f"a rank cut off from the monitor alone, {direction}"
+    await cut_and_heal(several, name, lambda: host.cut(*rules[direction]), _healed(host))
 
 
 @pytest.mark.long
@@ -166,7 +177,8 @@ async def test_a_link_that_carries_one_way_only(several: Several, direction: str
     host = several.cut_off
     subnet = f"{host.address.rpartition('.')[0]}.0/24"
     rule = f"input ip saddr {subnet}" if direction == "towards it" else f"output ip daddr {subnet}"
-    await cut_and_heal(several, lambda: host.cut(rule), _healed(host))
+    name = f"a link that drops what goes {direction}"
+    await cut_and_heal(several, name, lambda: host.cut(rule), _healed(host))
 
 
 @pytest.mark.long
@@ -176,19 +188,19 @@ async def test_a_rank_cut_off_from_its_peers_alone_is_removed_by_nobody(several:
     before = await several.wait_status(lambda status: len(serving(status)) == 3)
     seq = before["events"][-1]["seq"]
 
-    async def act(streams: list[Stream]) -> None:
-        await until_tokens(streams, 10)
+    async def act() -> str:
         host.cut(*(f"{hook} {peer}" for peer in peers for hook in ("input ip saddr", "output ip daddr")))
+        await until(lambda: host.num_dropped() > 0, "packets are dropped")
+        return f"{host.num_dropped()} packets dropped"
 
-    await several.stream_through(act)
+    await measured(several, "a rank cut off from its peers, words of the data path excepted", act)
     # With the link still cut: new requests find their way past the rank that gets no KV, or wait for no longer than
     # the router's patience with it.
-    await several.stream_through(lambda streams: until_tokens(streams, 1))
-    assert host.num_dropped() > 0, "the cut cut nothing"
+    await under_load(several, several.expected, nothing, [rank_on(host, before)["rank"]])
     host.heal()
     after = await several.status()
     assert removed_since(after, seq) == [] and after["epoch"] == before["epoch"]
-    await several.stream_through(lambda streams: until_tokens(streams, 1))
+    await under_load(several, several.expected, nothing)
 
 
 @pytest.mark.long
@@ -203,13 +215,12 @@ async def test_a_monitor_cut_off_from_everybody_changes_nothing(several: Several
         f"output tcp sport {PORTS} ip daddr != {host.address}",
     ]
 
-    async def act(streams: list[Stream]) -> None:
-        await until_tokens(streams, 10)
+    async def act() -> str:
         host.cut(*rules)
         await asyncio.sleep(8.0)  # what is waited for is that nothing happens
-        _healed(host)()
+        return _healed(host)()
 
-    await several.stream_through(act)
+    await measured(several, "the monitor cut off from everybody for 8 s", act)
     after = await several.wait_status(lambda status: len(serving(status)) == 3)
     told = [f"{e['kind']}: {e.get('evidence', e.get('reason'))}" for e in after["events"] if e["seq"] > seq]
     assert removed_since(after, seq) == [], "\n".join(told)

@@ -15,7 +15,7 @@ import pytest
 from services.cli.chat_client import Stream, new_session, run_stream
 from tests.cluster.harness import ROOT, Cluster, outcome, stream_all, until_tokens, varied_bodies
 
-NUM_STREAMS, MAX_TOKENS = 12, 60
+NUM_STREAMS, MAX_TOKENS = 12, 400  # seconds long, so that a kill finds them open
 PATIENCE_S = 60.0
 
 

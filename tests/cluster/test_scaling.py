@@ -5,15 +5,15 @@ import os
 import signal
 import subprocess
 import sys
-from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from services.cli.chat_client import Stream
-from tests.cluster.harness import ROOT, Cluster, outcome, stream_all, until_tokens, varied_bodies
+from tests.cluster.harness import ROOT, Cluster, stream_all, varied_bodies
+from tests.cluster.steady_load import under_load
 
-NUM_STREAMS, MAX_TOKENS = 8, 150
+NUM_STREAMS, MAX_TOKENS = 9, 900
 
 
 @pytest.fixture(scope="module")
@@ -42,34 +42,17 @@ def decode_pids(status: dict[str, Any]) -> set[int]:
     return {entry["pid"] for entry in (*status["ranks"], *status["services"]) if entry["name"].startswith("decode")}
 
 
-def largest_gap_s(streams: list[Stream]) -> float:
-    return max(after - before for stream in streams for before, after in pairwise(stream.times))
-
-
-async def under_load(cluster: Cluster, expected: list[Stream], *words: str) -> str:
-    """Gives a command in mid-stream, with new requests coming until it has returned; what it said."""
-    asked: list[asyncio.Task[str]] = []
-
-    async def ask_once(streams: list[Stream]) -> None:
-        await until_tokens(streams, 10)
-        if not asked:
-            asked.append(asyncio.create_task(asyncio.to_thread(regrow, cluster, *words)))
-
-    largest_s, num_streams = 0.0, 0
-    while not asked or not asked[0].done():
-        streams = await stream_all(cluster.url, [record.body for record in expected], ask_once)
-        for number, (stream, fault_free) in enumerate(zip(streams, expected, strict=True)):
-            assert stream.error == "", f"stream {number} failed"
-            assert outcome(stream) == outcome(fault_free), f"stream {number} differs from the fault-free run"
-        largest_s, num_streams = max(largest_s, largest_gap_s(streams)), num_streams + len(streams)
-    print(f"{' '.join(words)}: largest gap {largest_s:.3f} s in {num_streams} streams")
-    return asked[0].result()
+async def commanded(cluster: Cluster, expected: list[Stream], *words: str) -> str:
+    """Gives a command under load, which goes on until it has returned; what it said."""
+    said, load = await under_load(cluster, expected, lambda: asyncio.to_thread(regrow, cluster, *words))
+    print(f"{' '.join(words)}: largest gap {load.largest_gap_s:.3f} s in {len(load.streams)} streams")
+    return said
 
 
 async def test_four_to_six_to_three_to_four(cluster: Cluster, expected: list[Stream]) -> None:
     for ranks, workers in ((6, 3), (3, 1), (4, 2)):
         words = ("scale", str(ranks), "--prefill", str(workers))
-        said = await under_load(cluster, expected, *words)
+        said = await commanded(cluster, expected, *words)
         assert f"scale decode {ranks}, prefill {workers}: done: view" in said
         status = await cluster.fetch_status()
         assert (status["desired_ranks"], status["desired_prefill"]) == (ranks, workers)
@@ -84,12 +67,12 @@ async def test_a_drained_rank_stays_alive_without_work_until_undrained(
 ) -> None:
     before = await cluster.fetch_status()
     pid = next(entry["pid"] for entry in before["ranks"] if entry["rank"] == 1)
-    assert "done: drained, view" in await under_load(cluster, expected, "drain", "--rank", "1")
+    assert "done: drained, view" in await commanded(cluster, expected, "drain", "--rank", "1")
     drained = await cluster.fetch_status()
     entry = next(entry for entry in drained["ranks"] if entry["rank"] == 1)
     assert (entry["state"], entry["pid"], entry["running"]) == ("masked", pid, 0)
     assert serving(drained) == [0, 2, 3], f"{drained['ranks']}\n{cluster.logs()}"
-    assert "done: rank 1 serves" in await under_load(cluster, expected, "undrain", "--rank", "1")
+    assert "done: rank 1 serves" in await commanded(cluster, expected, "undrain", "--rank", "1")
 
 
 @pytest.mark.parametrize("victim", ["monitor", "agent-0"])
@@ -101,14 +84,12 @@ async def test_a_part_that_dies_in_the_middle_of_a_scaling(
     pid = next(entry["pid"] for entry in before["services"] if entry["name"] == victim)
     wanted = 5 if len(serving(before)) == 4 else 4
 
-    async def interrupt(streams: list[Stream]) -> None:
-        await until_tokens(streams, 10)
+    async def interrupt() -> None:
         asked = asyncio.create_task(asyncio.to_thread(regrow, cluster, "scale", str(wanted)))
         await cluster.wait_status(lambda status: status["desired_ranks"] == wanted)
         os.kill(pid, signal.SIGKILL)
         await asked
 
-    streams = await stream_all(cluster.url, [record.body for record in expected], interrupt)
-    assert [outcome(stream) for stream in streams] == [outcome(stream) for stream in expected]
+    await under_load(cluster, expected, interrupt)
     status = await cluster.fetch_status()
     assert status["desired_ranks"] == wanted and serving(status) == list(range(wanted))
