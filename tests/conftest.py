@@ -5,10 +5,14 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from kernels.cpu.build import build
 
+# How long an example takes says something of the machine only, which may be busy or slow.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 pytest_plugins = ["tests.leak_checks"]
 
 
