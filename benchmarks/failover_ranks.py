@@ -47,7 +47,8 @@ async def inject(url: str, bus: FaultClient, views: Views, action: str) -> Fault
         return all(member.incarnation != incarnation for member in view.members)
 
     def is_back(view: View) -> bool:
-        return any(member.rank == rank and member.incarnation > incarnation for member in view.members)
+        """As many serve again: that rank in a new life, or a standby in its place."""
+        return is_out(view) and len(view.members) >= len(serving)
 
     removed_at = await _seen(views, at, is_out, _REMOVED_S)
     rejoined_at = await _seen(views, at, is_back, _REJOIN_S)

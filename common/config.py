@@ -71,6 +71,7 @@ class DecodeConfig(_Section, frozen=True):
     """``[decode]``"""
 
     num_ranks: int = 4  # desired size of the group
+    num_standbys: int = 0  # processes beyond, started and warm: one takes a lost rank's place without any start
     max_ranks: int = 8  # buffers and tables are sized for this once
     max_batch: int = 32  # requests of one rank that run together
     prompt_tokens: int = 32  # of prompts, that a rank without prefill workers computes in one round, beside the batch
@@ -148,6 +149,7 @@ class ClusterConfig(_Section, frozen=True):
 
 
 _LEAST = {
+    "num_standbys": 0,
     "num_redundant_experts": -1,
     "num_staging_experts": -1,
     "rebalance_difference": 0,

@@ -114,7 +114,7 @@ def child_names(config: ClusterConfig) -> list[str]:
         "planner",
         *(f"router-{number}" for number in range(config.router.num_workers)),
         *(f"prefill-{number}" for number in range(config.prefill.num_workers)),
-        *(f"decode-{number}" for number in range(config.decode.num_ranks)),
+        *(f"decode-{number}" for number in range(config.decode.num_ranks + config.decode.num_standbys)),
     ]
 
 

@@ -5,6 +5,9 @@
 Growing: the agent starts children; decode ones greet as standbys and get slots like any other. Shrinking: surplus
 holders of slots leave the group in one view (`Membership.shrink`), become standbys, and then their agent ends them.
 
+Beside the ranks that are wanted an agent runs ``decode.num_standbys`` processes that take over at once where a rank is
+lost, while its own process starts again.
+
 The number is kept by the agent, which writes it down before it acts and says it with every heartbeat: a restarted
 monitor goes by that, so an interrupted scaling ends in the old size or in the new one. Where no agent can start
 children (one child per container), standbys make the group grow, those who leave stay as standbys, and a restarted
@@ -41,6 +44,7 @@ class Sizing:
         self._monitor, self._max_ranks = monitor, config.decode.max_ranks
         self._table, self._slots, self._group, self._fences, self._outbox = table, slots, group, fences, outbox
         self._wanted = {"decode": config.decode.num_ranks, "prefill": config.prefill.num_workers}
+        self._num_standbys = {"decode": config.decode.num_standbys, "prefill": 0}  # children that an agent runs beyond
         self._scaling: dict[str, int] = {}  # kinds that are not settled, and how many were wanted before
         self._known: set[str] = set()  # kinds of which a command or an agent has told the number
         self._told: dict[str, tuple[SetChildren, float]] = {}
@@ -122,7 +126,7 @@ class Sizing:
 
     def _is_reached(self, agent: Process | None, kind: str, now: float) -> bool:
         if agent is not None:
-            children, count = self._children(agent, kind, now), self._wanted[kind]
+            children, count = self._children(agent, kind, now), self._num_children(kind)
             if len(children) != count or _counts(agent, kind) != (count, count):
                 return False
             if kind == "prefill":
@@ -153,11 +157,14 @@ class Sizing:
     def _learn(self, agent: Process, kind: str, now: float) -> None:
         if kind not in self._known:
             self._known.add(kind)
-            self._want(kind, _counts(agent, kind)[0], f"{agent.hello.name} was told so before", now)
+            count = max(1, _counts(agent, kind)[0] - self._num_standbys[kind])
+            self._want(kind, count, f"{agent.hello.name} was told so before", now)
+
+    def _num_children(self, kind: str) -> int:
+        return self._wanted[kind] + self._num_standbys[kind]
 
     def _tell(self, agent: Process, kind: str, now: float) -> None:
-        wanted, num_children = _counts(agent, kind)
-        count = self._wanted[kind]
+        (wanted, num_children), count = _counts(agent, kind), self._num_children(kind)
         if (wanted, num_children) == (count, count):
             return
         retire = tuple(self._retirable(agent, kind, now)[: max(0, num_children - count)])

@@ -9,6 +9,7 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from common.config import ClusterConfig, DecodeConfig, PrefillConfig
 from common.ids import ProcessId
@@ -29,10 +30,11 @@ class Fleet(Driver):
 
     def __init__(self, config: ClusterConfig = CONFIG) -> None:
         super().__init__(config)
-        names = [f"decode-{number}" for number in range(config.decode.num_ranks)]
+        num_children = config.decode.num_ranks + config.decode.num_standbys
+        names = [f"decode-{number}" for number in range(num_children)]
         names += [f"prefill-{number}" for number in range(config.prefill.num_workers)]
         self.supervisor = Supervisor(names, config, Random(1), self.now)
-        self.wanted = {"decode": config.decode.num_ranks, "prefill": config.prefill.num_workers}
+        self.wanted = {"decode": num_children, "prefill": config.prefill.num_workers}
         self.agent = self.enter("agent", "agent-0")
         self.num_read = 0
         self.run(3.0)
@@ -85,6 +87,32 @@ def test_growing_starts_children_that_join() -> None:
     assert fleet.last_event("fault")["proof"].endswith("of ranks [0, 1, 2, 3, 4], adopted by all")
     assert fleet.last_event("scaled")["wanted"] == 5
     assert fleet.alive("decode") == [f"decode-{number}" for number in range(5)]
+
+
+def test_a_standby_takes_a_lost_place_at_once_and_is_kept_through_scalings() -> None:
+    """Also by the next monitor: the agent tells how many children it was told to have."""
+    fleet = Fleet(replace(CONFIG, decode=replace(CONFIG.decode, num_standbys=1)))
+    assert len(fleet.alive("decode")) == 4 and not fleet.agent.got(SetChildren)
+    lost = next(puppet for puppet in fleet.puppets.values() if puppet.rank == 1)
+    fleet.end(lost, "signal KILL")
+    fleet.advance(0.3)
+    assert fleet.ranks == [0, 1, 2] and len(fleet.alive("decode")) == 3, "its own process has not started again"
+    fleet.run(1.0)
+    assert len(fleet.alive("decode")) == 4 and fleet.monitor.slots.num_taken == 3
+    for size, number in (("up", 5), ("down", 2)):
+        fleet.fault(size, "scale", decode=number)
+        fleet.run(3.0)
+        assert fleet.fault_status(size) == "done" and len(fleet.ranks) == number
+        assert len(fleet.alive("decode")) == number + 1
+    fleet.replace_monitor("monitor-2")
+    for puppet in [p for p in fleet.puppets.values() if p.is_beating]:
+        fleet.open_lifeline(puppet)
+        fleet.hello(puppet)
+    fleet.run(2.0)
+    for puppet in [p for p in fleet.puppets.values() if p.is_beating]:
+        fleet.hello(puppet)
+    fleet.run(6.0)
+    assert len(fleet.ranks) == 2 and fleet.monitor.sizing.num_ranks == 2 and len(fleet.alive("decode")) == 3
 
 
 def test_shrinking_is_one_view_without_the_highest_ranks_and_nobody_is_killed() -> None:
