@@ -12,6 +12,7 @@ from common.view import newcomers
 from services.monitor.actions import Outbox
 from services.monitor.fences import Fences
 from services.monitor.group import Group
+from services.monitor.join_paths import JoinPaths
 from services.monitor.prepared_view import PreparedView
 from services.monitor.processes import Process, ProcessTable
 from services.monitor.recovery import place_outsider
@@ -38,10 +39,12 @@ class Joining:
         group: Group,
         sizing: Sizing,
         fences: Fences,
+        paths: JoinPaths,
         outbox: Outbox,
         clock: TickClock,
     ) -> None:
         self._config, self._counter, self._table, self._slots = config, counter, table, slots
+        self._paths = paths
         self._group, self._sizing, self._fences, self._outbox, self._clock = group, sizing, fences, outbox, clock
         self._dropped: dict[ProcessId, tuple[Epoch, float]] = {}  # newcomers that must say they are out of that view
         self._unmasked: set[ProcessId] = set()
@@ -87,6 +90,7 @@ class Joining:
     def on_in_force(self, view: View, now: float) -> None:
         for process in [member.process for member in view.members]:
             self._dropped.pop(process, None)
+        self._paths.on_in_force(view)
         self._forming_since, self._form_now, self._complete_since = None, False, None
 
     def on_dropped(self, prepared: PreparedView, view: View, now: float) -> None:
@@ -220,6 +224,7 @@ class Joining:
             and process.hello.rank == NO_RANK
             and not process.must_greet
             and self._table.is_live(process, now)
+            and self._paths.may_try(process.hello.name, now)
             and self._fences.may_get_slot(process.id, now)
         )
 
@@ -237,6 +242,8 @@ class Joining:
             return
         ready = [process for process in self.joiners() if process not in self._dropped]
         if self._group.members:
+            # Nobody joins together with one that has failed before.
+            ready = [process for process in ready if not self._paths.has_failed(process)] or ready[:1]
             if ready and self._group.is_adopted:
                 self._group.prepare(self._members(ready), now)
             return

@@ -26,6 +26,7 @@ from services.monitor.emptying import Emptying
 from services.monitor.failure_detector import FailureDetector, Suspect
 from services.monitor.fences import Fences
 from services.monitor.group import Group
+from services.monitor.join_paths import JoinPaths
 from services.monitor.joining import Joining
 from services.monitor.lifelines import Lifelines
 from services.monitor.processes import ProcessTable
@@ -44,6 +45,7 @@ class Membership:
         slots: SlotTable,
         group: Group,
         joining: Joining,
+        paths: JoinPaths,
         sizing: Sizing,
         emptying: Emptying,
         fences: Fences,
@@ -58,7 +60,7 @@ class Membership:
         self._group, self._joining, self._sizing, self._emptying = group, joining, sizing, emptying
         self._fences, self._lifelines, self._detector = fences, lifelines, detector
         self._removals, self._void_rounds = removals, void_rounds
-        self._slow_ranks, self._deafness = slow_ranks, deafness
+        self._slow_ranks, self._deafness, self._paths = slow_ranks, deafness, paths
         self._is_deaf = False
 
     # Words of processes.
@@ -124,13 +126,19 @@ class Membership:
         self._joining.on_tick(now)
         for process in self._joining.overdue():
             self._removals.remove([Removal(process, "did not get ready in time", now)], now)
-        if (
-            self._detector.is_half_in(self._group.prepared, now)
-            and not self._is_deaf
-            and not self._void_rounds.is_calling
-        ):
-            self._end_half_entered(now)
+        unreached = self._paths.unreached(self._group.prepared, now)
+        is_half_in = self._detector.is_half_in(self._group.prepared, now)
+        if not self._is_deaf and not self._void_rounds.is_calling:
+            if unreached is not None:
+                self._put_out_of_join([unreached], Fate.END, now)
+            elif is_half_in:
+                self._end_half_entered(now)
         self._group.on_tick(now)
+
+    def _put_out_of_join(self, suspects: list[Suspect], fate: Fate, now: float) -> None:
+        for suspect in suspects:
+            self._paths.on_failed(suspect.process, now)
+        self._removals.remove([Removal(s.process, s.evidence, s.since, fate) for s in suspects], now)
 
     def _end_half_entered(self, now: float) -> None:
         """Who is in stands still until the others are: whatever they lack, a new view ends it."""
@@ -140,7 +148,8 @@ class Membership:
         evidence = f"view {prepared.view.epoch} was entered by others only"
         late = [process for process in sorted(self._joining.late(prepared, now)) if self._slots.of_process(process)]
         if late:
-            self._removals.remove([Removal(process, evidence, prepared.started_at) for process in late], now)
+            suspects = [Suspect(process, evidence, prepared.started_at) for process in late]
+            self._put_out_of_join(suspects, Fate.FENCE, now)
         else:
             self._removals.publish_same_members(evidence, now)
 

@@ -37,6 +37,7 @@ from services.monitor.failure_detector import FailureDetector
 from services.monitor.fault_desk import FaultDesk
 from services.monitor.fences import Fences
 from services.monitor.group import Group
+from services.monitor.join_paths import JoinPaths
 from services.monitor.joining import Joining
 from services.monitor.lifelines import Lifelines
 from services.monitor.membership import Membership
@@ -84,9 +85,10 @@ class Monitor:
         self.group = Group(self.id, settings, self.counter, experts, self.table, detector, self._outbox)
         self.fences = Fences(self.table, self._outbox, self._clock)
         self.sizing = Sizing(self.id, config, self.table, self.slots, self.group, self.fences, self._outbox)
+        paths = JoinPaths(settings, self.table, self._outbox, self._clock)
         self.joining = Joining(
             config, self.counter, self.table, self.slots, self.group, self.sizing,
-            self.fences, self._outbox, self._clock,
+            self.fences, paths, self._outbox, self._clock,
         )  # fmt: skip
         self.migration = Migration(self.id, config, self.counter, self.table, self.group, self._outbox, self._clock)
         emptying = Emptying(settings, self.group, self.migration, self._clock)
@@ -95,7 +97,7 @@ class Monitor:
             self.id, settings, self.counter, self.group, self.joining, self.removals, self._outbox, self._clock
         )
         self.membership = Membership(
-            config, self.table, self.slots, self.group, self.joining, self.sizing, emptying, self.fences,
+            config, self.table, self.slots, self.group, self.joining, paths, self.sizing, emptying, self.fences,
             self._lifelines, detector, self.removals, void_rounds,
             SlowRanks(settings, self.table, self._clock), Deafness(settings, self.table, self._outbox),
         )  # fmt: skip

@@ -37,6 +37,7 @@ _COUNTED = (
     "scaled",
     "migration",
     "degraded",
+    "join_paused",
 )
 _LATE_S = 0.6  # processes lose the processor for as long as 0.3
 # By its own word, or of a process that the new monitor cannot know.
@@ -65,6 +66,8 @@ class Checker:
         self._epochs: dict[str, int] = {}
         self._last_incarnation: dict[Rank, int] = {}  # that has committed
         self._last_event: dict[str, Any] = {}
+        self._slot_given_at: dict[ProcessId, float] = {}
+        self.longest_join_s = 0.0  # from its slot into the group, of those to whom nothing has happened
         self.sizes: dict[str, set[int]] = {}  # that were ever asked for, of the kinds whose number an agent keeps
         self._roll_call: tuple[int, tuple[ProcessId, ...]] | None = None  # epoch, who was called
         self._answered: dict[ProcessId, int] = {}  # epoch of the last answer or report
@@ -221,6 +224,11 @@ class Checker:
             self._roll_call = event["epoch"], tuple(member.process for member in monitor.core.group.members)
         elif event["kind"] == "term":
             self._roll_call = None
+        elif event["kind"] == "slot_given":
+            self._slot_given_at[event["process"]] = self._world.now
+        elif event["kind"] == "joined" and not self._world.nodes[event["process"]].excuse:
+            given_at = self._slot_given_at.get(event["process"], self._world.now)
+            self.longest_join_s = max(self.longest_join_s, self._world.now - given_at)
         if event["kind"] != "removed" or event["evidence"] in _NO_BLAME:
             return
         if not self._world.nodes[event["process"]].excuse:

@@ -8,7 +8,7 @@ import msgspec
 from common.network_cut import DIRECTIONS, WHICH
 from tests.simulation.client import ClientNode
 from tests.simulation.decode_node import DecodeNode
-from tests.simulation.world import MONITOR, Node, World
+from tests.simulation.world import MONITOR, ON_A_BROKEN_CABLE, Node, World
 
 _REPEAT_S = 0.5
 
@@ -133,6 +133,20 @@ class Faults:
             self._world.tell(f"what {writer.process} writes no longer reaches {owner.process}")
         for node in (one, other):
             node.excuse = node.excuse or "on a broken path"
+
+    def _break_cable(self) -> None:
+        """What one rank writes no longer arrives in the memory of another, nor what their next lives write, for longer
+        than it takes both to come back; or both ways."""
+        one, other = self._pick_member(), self._pick_member()
+        if one is None or other is None or one is other:
+            return
+        until = self._world.now + self._random.uniform(10.0, 40.0)
+        for writer, owner in [(one, other), (other, one)][: self._random.choice((1, 2))]:
+            self._world.broken_cables[writer.name, owner.name] = until
+            self._world.tell(f"what {writer.name} writes will not reach {owner.name} until {until:.2f}")
+        for node in self._world.of_kind("decode"):
+            if node.name in (one.name, other.name):
+                node.excuse = node.excuse or ON_A_BROKEN_CABLE
 
     def _hang_stream(self) -> None:
         """Heartbeats go on."""

@@ -100,9 +100,12 @@ class _Writer:
 
     @property
     def reaches(self) -> bool:
-        """A path that has failed once stays so until the two are connected anew."""
+        """A path that has failed once stays so until the two are connected anew; a cable, until it is mended."""
         node, owner = self.node, self._owner
-        return node.is_alive and node.world.broken_paths.get((node.process, owner.process)) != (node.life, owner.life)
+        world = node.world
+        is_cut = world.broken_cables.get((node.name, owner.name), 0.0) > world.now
+        is_broken = world.broken_paths.get((node.process, owner.process)) == (node.life, owner.life)
+        return node.is_alive and not is_cut and not is_broken
 
     def notify(self) -> None:
         self._tasks[self._owner.process].notify(by_memory=True)

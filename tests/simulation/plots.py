@@ -40,6 +40,8 @@ PLOTS = {
     # Rounds end at their deadline, with nobody or the wrong one to blame.
     "stops": Plot(("stop rank", "stop rank at a step", "hang stream", "slow rank", "slow rank")),
     "paths": Plot(("break path", "break path", "cut data link", "stop rank at a step")),
+    # What is broken stays so, whoever comes back.
+    "cables": Plot(("break cable", "break cable", "kill rank"), has_standby=True),
     # Ranks die while others come.
     "joins": Plot(("kill rank", "kill rank", "kill rank at a step", "mask", "scale")),
     # Whoever judges by time has slept.

@@ -31,6 +31,9 @@ class Bad(AssertionError):
     """A promise was broken; the text says which."""
 
 
+ON_A_BROKEN_CABLE = "on a broken cable"
+
+
 @dataclass(frozen=True, slots=True)
 class Weather:
     """Of one plane of the network. ``tail_s`` bounds the rare long delays."""
@@ -52,7 +55,8 @@ class Node:
         self.process = process or make_process_id(name, world.random.getrandbits(64))
         self.is_alive, self.died_at, self.stopped_until = True, 0.0, 0.0
         self.life = 0  # changes with the memory that others map
-        self.excuse = ""  # why this process may be put out of the group
+        # Why this process may be put out of the group.
+        self.excuse = ON_A_BROKEN_CABLE if any(name in pair for pair in world.broken_cables) else ""
         world.nodes[self.process] = self
 
     @property
@@ -116,6 +120,9 @@ class World:
         self.running: Node | None = None  # whose stream is running right now
         self.cuts: dict[tuple[str, str], float] = {}  # (source, target): until when
         self.broken_paths: dict[tuple[str, str], tuple[int, int]] = {}  # (writer, owner of the memory): their lives
+        self.broken_cables: dict[
+            tuple[str, str], float
+        ] = {}  # names of writer and owner, also of later lives: until when
         self.num_faults: Counter[str] = Counter()
         self.death_watchers: list[Callable[[Node, str], None]] = []
         self.lines: list[tuple[float, str]] = []

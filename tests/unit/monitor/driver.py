@@ -56,6 +56,7 @@ class Puppet:
     copies_experts: bool = True  # at once
     staged: int = 0
     counters: dict[str, int] = field(default_factory=dict)
+    misses: tuple[int, ...] = ()
     received: list[Message] = field(default_factory=list)
 
     @property
@@ -134,7 +135,7 @@ class Driver:
             puppet,
             Heartbeat(
                 puppet.process, puppet.rank, puppet.incarnation, puppet.term, puppet.epoch, puppet.state,
-                puppet.progress, puppet.waits_for, 0, puppet.out_of, puppet.counters, puppet.staged,
+                puppet.progress, puppet.waits_for, 0, puppet.out_of, puppet.counters, puppet.staged, puppet.misses,
             ),
             suffix="#beat",
         )  # fmt: skip
