@@ -2,7 +2,7 @@
 
 No generator state exists, so nothing can be lost: a request that goes on elsewhere draws the same numbers. The uniform
 number of (seed, output index) is a SplitMix64 hash (Steele, Lea, Flood, OOPSLA 2014). Sums run in fp64 over one row
-in a fixed order, so the result does not depend on a batch. No torch.
+in a fixed order (kernels/cpu/choose.c), so the result does not depend on a batch.
 
 Legend: R rows, V vocabulary.
 """
@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kernels.cpu.draw import RowDraw, draw_tokens
+from kernels.cpu.choose import RowDraw, choose_tokens
 
 _MASK = (1 << 64) - 1
+_GREEDY = RowDraw()
 
 
 def sample(
@@ -54,21 +55,7 @@ class Draw(NamedTuple):
 
 def sample_rows(logits_RV: npt.NDArray[np.float32], draws: Sequence[Draw]) -> list[tuple[int, float]]:
     """`sample` of each row, which has the same bits whatever rows stand beside it."""
-    logits = logits_RV.astype(np.float64)
-    greedy_R = logits.argmax(axis=1)
-    top_R = logits[np.arange(len(logits)), greedy_R]
-    if not np.isfinite(top_R).all():
-        raise ValueError("logits of a row are not finite; the weights or the KV cache are damaged")
-    shifted_RV = logits - top_R[:, None]
-    total_R = np.exp(shifted_RV).sum(axis=1)
-    token_R = greedy_R.tolist()
-    drawn = [row for row, draw in enumerate(draws) if draw.temperature > 0]
-    if drawn:
-        places = draw_tokens(shifted_RV, [_row_draw(row, draws[row]) for row in drawn])
-        for row, token in zip(drawn, places, strict=True):
-            token_R[row] = token
-    logprob_R = shifted_RV[np.arange(len(token_R)), token_R] - np.log(total_R)
-    return list(zip(token_R, logprob_R.tolist(), strict=True))
+    return choose_tokens(logits_RV, [_row_draw(draw) for draw in draws])
 
 
 def uniform(seed: int, index: int) -> float:
@@ -76,10 +63,12 @@ def uniform(seed: int, index: int) -> float:
     return (_mix(_mix(seed & _MASK) + index) >> 11) * 2.0**-53
 
 
-def _row_draw(row: int, draw: Draw) -> RowDraw:
+def _row_draw(draw: Draw) -> RowDraw:
     temperature, top_p, top_k, min_p, seed, index = draw
+    if temperature <= 0:
+        return _GREEDY
     least = -math.inf if min_p <= 0.0 else math.log(min_p)
-    return RowDraw(temperature, top_p, least, uniform(seed, index), row, top_k)
+    return RowDraw(temperature, top_p, least, uniform(seed, index), top_k)
 
 
 def _mix(value: int) -> int:

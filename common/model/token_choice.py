@@ -97,7 +97,7 @@ def token_logprobs(logits_V: npt.NDArray[np.float32], token: int, num_top: int) 
     """Log-probabilities of ``token`` and of the ``num_top`` likeliest tokens (of equal ones the lower id first)."""
     shifted = logits_V.astype(np.float64)
     shifted -= shifted.max()
-    log_total = float(np.log(np.exp(shifted).sum()))
+    log_total = -sample_rows(logits_V[None], [Draw(0.0)])[0][1]  # the likeliest token's
     top: list[int] = []
     if num_top > 0:
         num_top = min(num_top, len(shifted))

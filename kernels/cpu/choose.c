@@ -1,16 +1,16 @@
-/* Drawing tokens: one fixed sequence of fp64 operations for each row. */
+/* Choosing tokens: one fixed sequence of fp64 operations for each row. */
 #include <stdlib.h>
 
 #include "vec16.h"
 
-/* One row. `least`: lower values are left out; top_k 0: all. Laid out as in draw.py. */
+/* One row. Temperature 0: the largest. `least`: lower values are left out; top_k 0: all. Laid out as in choose.py. */
 typedef struct {
     double temperature, top_p, least, number;
-    int64_t row, top_k;
+    int64_t top_k;
 } draw_t;
 
 /* e^x for x <= 0: 2^k e^r with |r| <= ln(2) / 2, e^r by its series. */
-static double exp_of(double x)
+INLINE double exp_of(double x)
 {
     const double magic = 0x1.8p52;
     const double shifted = __builtin_fma(x, 0x1.71547652b82fep+0, magic), k = shifted - magic;
@@ -20,6 +20,7 @@ static double exp_of(double x)
         1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0,
     };
     double sum = 1.0 / 6227020800.0;
+#pragma GCC unroll 13
     for (int i = 0; i < 13; i++) sum = __builtin_fma(sum, r, factor[i]);
     uint64_t bits;
     memcpy(&bits, &shifted, sizeof bits);
@@ -27,6 +28,26 @@ static double exp_of(double x)
     double power;
     memcpy(&power, &bits, sizeof power);
     return x < -708.0 ? 0.0 : sum * power;
+}
+
+/* ln(x) for x >= 1: x = 2^k m with m in [sqrt(1/2), sqrt(2)], ln(m) = 2 artanh((m - 1) / (m + 1)) by its series. */
+static double log_of(double x)
+{
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    int64_t k = (int64_t)(bits >> 52) - 1023;
+    bits = (bits & 0xFFFFFFFFFFFFFull) | 1023ull << 52;
+    double m;
+    memcpy(&m, &bits, sizeof m);
+    if (m > 0x1.6a09e667f3bcdp+0) {
+        m *= 0.5;
+        k++;
+    }
+    const double s = (m - 1.0) / (m + 1.0), square = s * s;
+    double sum = 1.0 / 25;
+    for (int i = 23; i >= 3; i -= 2) sum = __builtin_fma(sum, square, 1.0 / i);
+    const double log_m = 2.0 * __builtin_fma(sum * square, s, s);
+    return __builtin_fma((double)k, 0x1.62e42fefa39efp-1, __builtin_fma((double)k, 0x1.abc9e3b39803fp-56, log_m));
 }
 
 /* Whether token a comes before token b: by falling value, equal ones by id. */
@@ -97,16 +118,54 @@ static int64_t draw(const draw_t *d, const double *shifted, int64_t size, rankin
     return r->order[place];
 }
 
-/* token[i] of each draw; `shifted` [rows, size]: logits less the largest of their row, which is finite, so that at least
- * that one is kept. -1: no memory. */
-EXPORT int64_t regrow_draw(const draw_t *draws, int64_t num_draws, const double *shifted, int64_t size, int64_t *token)
+/* The sum of e^value in eight chains, which are added as sum16 adds its own. */
+static double sum_of_weights(const double *value, int64_t size)
 {
-    double *const numbers = malloc(3 * (size_t)size * sizeof *numbers);
+    enum { CHAINS = 8 };
+    double part[CHAINS] = {0};
+    int64_t i = 0;
+    for (; i + CHAINS <= size; i += CHAINS) {
+        double weight[CHAINS];
+        for (int chain = 0; chain < CHAINS; chain++) weight[chain] = exp_of(value[i + chain]);
+        for (int chain = 0; chain < CHAINS; chain++) part[chain] += weight[chain];
+    }
+    for (; i < size; i++) part[i % CHAINS] += exp_of(value[i]);
+    for (int width = CHAINS / 2; width > 0; width /= 2)
+        for (int chain = 0; chain < width; chain++) part[chain] += part[chain + width];
+    return part[0];
+}
+
+/* The largest, the first of equal ones; -1 when it is infinite, or one is no number. */
+static int64_t largest(const float *logits, int64_t size)
+{
+    int64_t at = 0;
+    int has_nan = logits[0] != logits[0];
+    for (int64_t i = 1; i < size; i++) {
+        has_nan |= logits[i] != logits[i];
+        if (logits[i] > logits[at]) at = i;
+    }
+    return has_nan || logits[at] - logits[at] != 0.0f ? -1 : at;
+}
+
+/* token[r] of logits [R, V], as draws[r] says, and its log-probability at temperature 1 with nothing left out. 0; or -1: no
+ * memory, or 1 + the first row without a finite largest value. */
+EXPORT int64_t regrow_choose(const draw_t *draws, const float *logits, int64_t num_rows, int64_t size, int64_t *token,
+                             double *logprob)
+{
+    double *const numbers = malloc(4 * (size_t)size * sizeof *numbers), *const shifted = numbers + 3 * size;
     int64_t *const tokens = malloc(2 * (size_t)size * sizeof *tokens);
     ranking_t ranking = {numbers, numbers + size, numbers + 2 * size, tokens, tokens + size, 0, 0};
-    const int64_t status = numbers && tokens ? 0 : -1;
-    for (int64_t i = 0; status == 0 && i < num_draws; i++)
-        token[i] = draw(draws + i, shifted + draws[i].row * size, size, &ranking);
+    int64_t status = numbers && tokens ? 0 : -1;
+    for (int64_t r = 0; status == 0 && r < num_rows; r++, logits += size) {
+        const int64_t top = largest(logits, size);
+        if (top < 0) {
+            status = 1 + r;
+            break;
+        }
+        for (int64_t i = 0; i < size; i++) shifted[i] = (double)logits[i] - (double)logits[top];
+        token[r] = draws[r].temperature > 0.0 ? draw(draws + r, shifted, size, &ranking) : top;
+        logprob[r] = shifted[token[r]] - log_of(sum_of_weights(shifted, size));
+    }
     free(tokens);
     free(numbers);
     return status;
