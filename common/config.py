@@ -84,7 +84,7 @@ class DecodeConfig(_Section, frozen=True):
     combine: Literal["ordered", "reduced"] = "ordered"  # reduced: fewer bytes, and no promise about exact tokens
     operation_deadline_s: float = 2.0  # of dispatch and combine
     idle_poll_s: float = 0.05
-    delivery_interval_s: float = 0.02  # tokens of several rounds leave for a router together; 0 = after every round
+    delivery_interval_s: float = 0.025  # tokens of several rounds leave for a router together; 0 = after every round
     allow_missing_experts: bool = False  # go on without experts that have no live copy, and mark what they lack
     lonely_s: float = 30.0  # neither monitor nor header round for this long: leave the slot
 

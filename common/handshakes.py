@@ -7,6 +7,7 @@ done is to count it and to tell the operator.
 import struct
 from collections.abc import AsyncIterator
 from enum import Enum
+from typing import Any, cast
 
 import zmq
 import zmq.asyncio
@@ -30,8 +31,8 @@ _REASONS = {
 class FailedHandshakes:
     """Those of ``socket``, from now on: make this before it binds or connects. Iterate until cancelled."""
 
-    def __init__(self, socket: zmq.asyncio.Socket) -> None:
-        self._socket, self._failures = socket, socket.get_monitor_socket(_EVENTS)
+    def __init__(self, socket: "zmq.Socket[Any]") -> None:
+        self._socket, self._failures = socket, cast(zmq.asyncio.Socket, socket.get_monitor_socket(_EVENTS))
 
     async def __aiter__(self) -> AsyncIterator[Refusal]:
         while True:

@@ -7,12 +7,11 @@ With a cluster key every socket speaks CURVE: encrypted, and nobody without the 
 direction (docs/decisions/0006-one-key-per-cluster.md).
 """
 
-import asyncio
 import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import zmq
 import zmq.asyncio
@@ -21,6 +20,7 @@ from zmq.utils import z85
 from common.cluster_key import ClusterKey
 from common.handshakes import FailedHandshakes
 from common.ids import ProcessId
+from common.loop_socket import LoopSocket
 from common.messages import MalformedMessage, Message, decode, encode
 from common.network_cut import NetworkCut
 
@@ -79,7 +79,9 @@ class _Socket:
 
     def __init__(self, context: zmq.asyncio.Context, kind: int, network: NetworkCut | None, side: str) -> None:
         self._network, self._side = network or NetworkCut(), side
-        self._socket = context.socket(kind)
+        self._num_envelope = int(kind == zmq.ROUTER)  # frames in front of the message
+        # So that it has the options of the context and is closed with it.
+        self._socket: LoopSocket = cast(Any, context).socket(kind, socket_class=LoopSocket)
         self._socket.linger = 0
         self._socket.sndhwm = self._socket.rcvhwm = _HIGH_WATER_MARK
         self.failed_handshakes: FailedHandshakes | None = None
@@ -93,19 +95,16 @@ class _Socket:
         self._send_now(parts, frames)
 
     def _send_now(self, parts: list[Buffer], frames: Sequence[Buffer]) -> None:
-        future = self._socket.send_multipart([*parts, *frames], flags=zmq.DONTWAIT, copy=not frames)
-        assert isinstance(future, asyncio.Future)
-        if future.done() and future.exception() is not None:
-            self.num_dropped += 1
+        self.num_dropped += not self._socket.send_now([*parts, *frames], copy=not frames)
 
     async def _receive(self) -> tuple[list[memoryview], Message]:
         """The next well-formed message with all its frames; malformed ones are counted and skipped."""
         while True:
-            frames = await self._socket.recv_multipart(copy=False)
+            frames = await self._socket.receive()
             if self._network.drops(self._side, "in", time.monotonic()):
                 continue
-            buffers = [frame.buffer for frame in frames]
-            index = 1 if self._socket.type == zmq.ROUTER else 0
+            buffers = [memoryview(frame) for frame in frames]  # type: ignore[arg-type]  # its buffer protocol is C's
+            index = self._num_envelope
             try:
                 if len(buffers) <= index:
                     raise MalformedMessage("no message frame")

@@ -26,6 +26,7 @@ SHELLS = (
     "common/bus.py",
     "common/handshakes.py",
     "common/heartbeat.py",
+    "common/loop_socket.py",
     "common/monitor_client.py",
     "common/service_runner.py",
     "common/transport.py",

@@ -14,6 +14,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 import tokenizers
+import tokenizers.decoders
 
 _REPLACEMENT = "\ufffd"
 # A UTF-8 character cut short has at most three bytes, each of which may show as one U+FFFD.
@@ -35,6 +36,8 @@ class Tokenizer:
         self._backend = backend
         self._special_tokens = dict(special_tokens)
         self._template = None if chat_template is None else _compile(chat_template)
+        # Then what stands before a token does not matter, except for a character that it continues.
+        self.joins_bytes = isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
         self._decode_few = lru_cache(_NUM_REMEMBERED)(self._decode)
         self.shown = lru_cache(_NUM_REMEMBERED)(self._shown)
 
@@ -141,7 +144,9 @@ class IncrementalDetokenizer:
             held = min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_UNFINISHED)
         piece = text[self._num_out : len(text) - held]
         self._num_out += len(piece)
-        if held == 0:
+        if held == 0 and self._tokenizer.joins_bytes:
+            self._ids, self._num_out = [], 0
+        elif held == 0:
             self._start, self._context_end = self._context_end, len(self._ids)
             self._num_out = len(self._text())
         return piece

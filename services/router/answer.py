@@ -21,6 +21,8 @@ from services.router.openai_format import (
     completion_choice,
     completion_logprobs,
     marked,
+    plain_chat_logprobs,
+    plain_completion_logprobs,
 )
 from services.router.request_parsing import ParsedRequest
 from services.router.text_stream import TextDelta
@@ -121,7 +123,7 @@ class Answer:
         """What `chunks` gives for tokens in the middle of a stream, as an event; None: not that case, nothing was
         taken."""
         progress = self._choices[index]
-        is_usual = self._has_usual_events and progress.has_begun and not delta.finish
+        is_usual = self._has_usual_events and progress.has_begun and delta.ids and not delta.finish
         if not is_usual or progress.missed_experts or delta.missed_experts:
             return None
         if progress.template is None:
@@ -130,9 +132,19 @@ class Answer:
         progress.num_tokens += len(delta.ids)
         if not self._wants_logprobs:
             return progress.template.event(delta.text, None)
-        tokens, offset = self._tokens(delta), progress.num_characters
-        progress.num_characters += sum(token.num_characters for token in tokens)
-        return progress.template.event(delta.text, self._logprobs(tokens, offset))
+        offset = progress.num_characters
+        if delta.top_logprobs:
+            tokens = self._tokens(delta)
+            progress.num_characters += sum(token.num_characters for token in tokens)
+            return progress.template.event(delta.text, self._logprobs(tokens, offset))
+        texts, sizes = zip(*map(self._texts.shown, delta.ids), strict=True)
+        progress.num_characters += sum(sizes)
+        shown = (
+            plain_chat_logprobs(texts, delta.logprobs)
+            if self._head.chat
+            else plain_completion_logprobs(texts, delta.logprobs, sizes, offset)
+        )
+        return progress.template.event(delta.text, shown)
 
     def closing(self) -> list[Body]:
         """Chunks after the end of all choices."""
@@ -176,12 +188,8 @@ class Answer:
 
     def _tokens(self, delta: TextDelta) -> list[TokenLogprob]:
         # Shorter than what came with it where the token is not shown.
-        if delta.top_logprobs:
-            return [self._token(*token) for token in zip(delta.ids, delta.logprobs, delta.top_logprobs, strict=False)]
-        return [
-            TokenLogprob(text, logprob, num_characters)
-            for (text, num_characters), logprob in zip(map(self._texts.shown, delta.ids), delta.logprobs, strict=False)
-        ]
+        tops = delta.top_logprobs or ((),) * len(delta.ids)
+        return [self._token(*token) for token in zip(delta.ids, delta.logprobs, tops, strict=False)]
 
     def _prompt_tokens(self, ids: Sequence[int], delta: TextDelta) -> list[TokenLogprob]:
         rest = zip(ids[1:], delta.prompt_logprobs, strict=True)

@@ -6,6 +6,7 @@ ended a choice) is vLLM's, and errors carry the HTTP status as ``code``, as vLLM
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import msgspec
@@ -122,11 +123,21 @@ def completion_logprobs(tokens: Sequence[TokenLogprob], text_offset: int) -> Bod
     }
 
 
+def plain_completion_logprobs(
+    texts: Sequence[str], logprobs: Sequence[float], sizes: Sequence[int], text_offset: int
+) -> Body:
+    """`completion_logprobs` of tokens without alternatives, for less work. ``sizes``: their characters."""
+    return {
+        "text_offset": list(accumulate(sizes[:-1], initial=text_offset)),
+        "token_logprobs": logprobs,
+        "tokens": texts,
+        "top_logprobs": [{text: logprob} for text, logprob in zip(texts, logprobs, strict=True)],
+    }
+
+
 def _alternatives(token: TokenLogprob) -> dict[str, float] | None:
     if token.logprob is None:
         return None
-    if not token.top:
-        return {token.text: token.logprob}
     alternatives: dict[str, float] = {}
     for text, logprob in token.top:
         alternatives.setdefault(text, logprob)
@@ -144,6 +155,12 @@ def chat_logprobs(tokens: Sequence[TokenLogprob]) -> Body:
         for token in tokens
     ]
     return {"content": content, "refusal": None}
+
+
+def plain_chat_logprobs(texts: Sequence[str], logprobs: Sequence[float]) -> Body:
+    """`chat_logprobs` of tokens without alternatives, for less work."""
+    tokens = [_chat_token(*token) | {"top_logprobs": []} for token in zip(texts, logprobs, strict=True)]
+    return {"content": tokens, "refusal": None}
 
 
 def _chat_token(text: str, logprob: float | None) -> Body:
