@@ -153,8 +153,8 @@ async def test_the_ten_line_example_masks_and_unmasks_a_rank(cluster: Cluster) -
 
 
 async def test_eval_measures_a_running_server_and_answers_the_same_while_ranks_are_killed(cluster: Cluster) -> None:
-    command = [sys.executable, "-m", "services.cli", "eval", "--run-dir", str(cluster.run_dir), "--count", "4"]
-    command += ["--kinds", "counting,copying", "--kill-every", "1"]
+    command = [sys.executable, "-m", "services.cli", "eval", "--run-dir", str(cluster.run_dir), "--count", "24"]
+    command += ["--kinds", "counting,copying", "--concurrency", "4", "--kill-every", "0.2"]
     done = await asyncio.to_thread(subprocess.run, command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 of 8 answers equal those without kills" in done.stdout
+    assert "48 of 48 answers equal those without kills" in done.stdout

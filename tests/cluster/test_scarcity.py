@@ -46,20 +46,20 @@ async def test_streams_complete_and_are_equal_without_any_prefill_worker(cluster
     before = await cluster.wait_status(lambda status: len(status["prefill"]) == 2 and _computed(status, "prefill") > 0)
     assert _computed(before, "ranks") == 0, "as long as there are prefill workers"
 
-    async def kill_all(streams: list[Stream]) -> None:
-        for worker in before["prefill"]:
-            os.kill(worker["pid"], signal.SIGKILL)
+    async def see_them_gone(streams: list[Stream]) -> None:
         await cluster.wait_status(lambda status: not status["prefill"])
 
-    streams = await stream_all(cluster.url, bodies, kill_all)
-    status = await cluster.fetch_status()
+    for worker in before["prefill"]:
+        os.kill(worker["pid"], signal.SIGKILL)  # before the first of them can compute a short prompt
+    streams = await stream_all(cluster.url, bodies, see_them_gone)
+    num_prompt_tokens = sum(len(body["prompt"]) for body in bodies)
+    status = await cluster.wait_status(lambda status: _computed(status, "ranks") >= num_prompt_tokens)
     assert not status["prefill"], "a worker is back too soon: the fault would prove nothing"
-    computed = _computed(status, "ranks")
-    assert computed >= sum(len(body["prompt"]) for body in bodies)
     assert [stream.error for stream in streams] == [""] * NUM_STREAMS
     assert [outcome(stream) for stream in streams] == [outcome(stream) for stream in expected]
 
-    await cluster.wait_status(lambda status: len(status["prefill"]) == 2 and _all_up(status))
+    status = await cluster.wait_status(lambda status: len(status["prefill"]) == 2 and _all_up(status))
+    computed = _computed(status, "ranks")
     back = await stream_all(cluster.url, bodies[:2])
     assert [outcome(stream) for stream in back] == [outcome(stream) for stream in expected[:2]]
     status = await cluster.wait_status(lambda status: _computed(status, "prefill") > 0)

@@ -5,8 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
+import tokenizers.decoders
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.models import WordLevel
 
 from common.model.tokenizer import ChatTemplateError, IncrementalDetokenizer, Tokenizer
 from tests.unit.model.tiny_models import TINY_RANDOM
@@ -57,6 +60,19 @@ def test_the_pieces_are_the_text_however_it_is_cut(ids: list[int], cuts: list[in
         pieces.append(detokenizer.push(rest[:cut]))
         rest = rest[cut:]
     assert "".join(pieces) + detokenizer.flush() == TOKENIZER.decode(ids, skip_special_tokens=skip)
+
+
+@given(ids=st.lists(st.integers(0, 3), max_size=20), cuts=st.lists(st.integers(1, 4), max_size=20))
+def test_spaces_between_words_are_there_however_it_is_cut(ids: list[int], cuts: list[int]) -> None:
+    """A decoder that drops the first space of a text must not drop that of a piece."""
+    backend = tokenizers.Tokenizer(WordLevel({"\u2581a": 0, "\u2581bc": 1, "d": 2, "\u2581": 3}, unk_token="d"))
+    backend.decoder = tokenizers.decoders.Metaspace()
+    tokenizer = Tokenizer(backend, None, {})
+    detokenizer, pieces, rest = IncrementalDetokenizer(tokenizer), [], list(ids)
+    for cut in [*cuts, len(ids)]:
+        pieces.append(detokenizer.push(rest[:cut]))
+        rest = rest[cut:]
+    assert "".join(pieces) + detokenizer.flush() == tokenizer.decode(ids)
 
 
 @given(text=st.text(max_size=30))
