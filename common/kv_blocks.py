@@ -44,7 +44,9 @@ class BlockAllocator(Generic[Owner]):
         """Adds blocks to those of ``owner`` until they hold that many positions; False, and nothing changed, when there
         are too few."""
         table = self._tables[owner]
-        wanted = max(0, self.blocks_for(num_positions) - len(table))
+        wanted = self.blocks_for(num_positions) - len(table)
+        if wanted <= 0:
+            return True
         if wanted > len(self._free):
             return False
         self._tables[owner] = table + tuple(self._free.pop() for _ in range(wanted))

@@ -1,14 +1,13 @@
 """What a decode rank tells the monitor about itself: a snapshot that other threads may read. Pure."""
 
-from dataclasses import dataclass
+import msgspec
 
 from common.ids import NO_RANK, Epoch, Incarnation, ProcessId, Rank
 from common.messages import Heartbeat, Hello, View
 from services.decode.membership import Membership
 
 
-@dataclass(frozen=True, slots=True)
-class RankStatus:
+class RankStatus(msgspec.Struct, frozen=True):
     """Replaced as a whole, so nobody sees half of a change. ``life`` numbers the heaps of this process."""
 
     state: str = "standby"

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+import msgspec
+
 from common.ids import RequestId
 from common.messages import Announce, KvHandoff, Sampling, Tokens, TopLogprobs
 from common.model.token_choice import TokenChoice
@@ -33,8 +35,7 @@ class RequestLimits:
     num_kv_layers: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(msgspec.Struct, frozen=True):
     """One running request's part in a round: compute ``token_ids`` at ``position``, ``position`` + 1, ...
 
     ``samples``: the last one is the last that is known, so sample output ``output_index`` after it. ``outputs`` is the
@@ -59,8 +60,7 @@ class Step:
         return self.position + len(self.token_ids)
 
 
-@dataclass(frozen=True, slots=True)
-class Computed:
+class Computed(msgspec.Struct, frozen=True):
     """What came of a step: the sampled token, if it samples, and log-probabilities of the prompt, if it judges that.
     ``missed_experts``: one of its tokens was routed to an expert without live copy, which was left out."""
 

@@ -5,15 +5,15 @@ whether all may rest, and whether a prepared view is entered at the end of the r
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from common.ids import Epoch
 
 NUM_HEADER_WORDS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class RoundHeader:
+class RoundHeader(msgspec.Struct, frozen=True):
     num_tokens: int = 0
     idle: bool = True  # neither work nor a prepared view: this rank may rest
     staged_epoch: int = 0  # prepared view that this rank is ready for, experts included; binding for this round
@@ -31,8 +31,7 @@ class RoundHeader:
 NEWCOMER_HEADER = RoundHeader()
 
 
-@dataclass(frozen=True, slots=True)
-class RoundPlan:
+class RoundPlan(msgspec.Struct, frozen=True):
     """The conclusions from all headers of a round."""
 
     num_tokens: int
