@@ -166,10 +166,11 @@ def new_tally(cluster: Cluster) -> Tally:
     return Tally(Injector(cluster, (NUM_RANKS, NUM_PREFILL)))
 
 
-def run_seed(seed: int, seconds: float) -> tuple[bool, list[str]]:
+def run_seed(seed: int, seconds: float, num_standbys: int = 0) -> tuple[bool, list[str]]:
     """Whether all was well, and what there is to say of it."""
+    config, failure = f"{CONFIG}[decode]\nnum_standbys = {num_standbys}\n", ""
     with tempfile.TemporaryDirectory(prefix="regrow-chaos-") as directory:
-        cluster, failure = Cluster(Path(directory).resolve() / "run", *CLUSTER_OPTIONS, config=CONFIG), ""
+        cluster = Cluster(Path(directory).resolve() / "run", *CLUSTER_OPTIONS, config=config)
         try:
             cluster.wait_ready()
             tally = new_tally(cluster)
@@ -184,7 +185,8 @@ def run_seed(seed: int, seconds: float) -> tuple[bool, list[str]]:
             cluster.stop()
     print("\n".join(filter(None, said)), flush=True)
     if failure or tally.wrong:
-        print(f"again: python -m tests.chaos.run --seed {seed} --seconds {seconds:g}", flush=True)
+        again = f"--seed {seed} --seconds {seconds:g} --standbys {num_standbys}"
+        print(f"again: python -m tests.chaos.run {again}", flush=True)
     return not failure and not tally.wrong, list(filter(None, said))
 
 
@@ -207,11 +209,12 @@ def main() -> int:
         "--seeds", type=int, default=1, help="so many, from --seed on, each against a cluster of its own"
     )
     parser.add_argument("--seconds", type=float, default=120.0, help="for each seed")
+    parser.add_argument("--standbys", type=int, default=0, help="decode processes kept warm beside the ranks")
     parser.add_argument("--output", type=Path, metavar="FILE.md", help="keep what was found")
     arguments = parser.parse_args()
     origin, is_well, found = provenance(), True, []
     for seed in range(arguments.seed, arguments.seed + arguments.seeds):
-        is_well_too, said = run_seed(seed, arguments.seconds)
+        is_well_too, said = run_seed(seed, arguments.seconds, arguments.standbys)
         is_well = is_well and is_well_too
         found += ["", said[0], "", "```", *said[1:], "```"] if said[1:] else ["", *said]
     if arguments.output:
