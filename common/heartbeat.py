@@ -42,7 +42,7 @@ class HeartbeatThread:
 
     def stop(self) -> None:
         self._stop.set()
-        self._thread.join(timeout=5)
+        self._thread.join(timeout=10)
 
     def _run(self) -> None:
         socket = self._context.socket(zmq.DEALER)

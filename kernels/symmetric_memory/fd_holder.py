@@ -74,8 +74,12 @@ class FdHolder:
         with connection:
             try:
                 request, fds, _, _ = socket.recv_fds(connection, _MAX_REQUEST_BYTES, 1)
-                answer, fd, owned = self._answer(json.loads(request or b"{}"), fds)
-                socket.send_fds(connection, [json.dumps(answer).encode()], [] if fd is None else [fd])
+                answer, given, owned = self._answer(json.loads(request or b"{}"), fds)
+                try:
+                    socket.send_fds(connection, [json.dumps(answer).encode()], given)
+                finally:
+                    for fd in given:
+                        os.close(fd)
                 if owned:
                     connection.recv(1)  # until the owner's end closes
             except OSError:
@@ -86,29 +90,30 @@ class FdHolder:
                     if owned and owned in self._held:
                         self._held[owned].is_owned = False
 
-    def _answer(self, request: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], int | None, str]:
-        """The answer, the descriptor that goes with it, and the name that the asker owns from now on."""
+    def _answer(self, request: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int], str]:
+        """The answer, a duplicate of the descriptor that goes with it (the heap may be unlinked before it is sent), and
+        the name that the asker owns from now on."""
         name, verb = str(request.get("name", "")), request.get("verb")
         with self._lock:
             held = self._held.get(name)
             if verb == "put" and fds:
                 if held is not None:
                     os.close(fds[0])
-                    return {"error": f"heap {name!r} exists already: attach it, or unlink it first"}, None, ""
+                    return {"error": f"heap {name!r} exists already: attach it, or unlink it first"}, [], ""
                 self._held[name] = _Held(fds[0], int(request["nbytes"]), True)
-                return {}, None, name
+                return {}, [], name
             if verb == "unlink":
                 if held is not None:
                     os.close(self._held.pop(name).fd)
-                return {}, None, ""
+                return {}, [], ""
             if held is None:
-                return {"error": f"heap {name!r} does not exist: its owner has unlinked it"}, None, ""
+                return {"error": f"heap {name!r} does not exist: its owner has unlinked it"}, [], ""
             if verb == "own":
                 if held.is_owned:
-                    return {"error": f"heap {name!r} is still owned by a living process: reap it first"}, None, ""
+                    return {"error": f"heap {name!r} is still owned by a living process: reap it first"}, [], ""
                 held.is_owned = True
-                return {"nbytes": held.nbytes}, held.fd, name
-            return {"nbytes": held.nbytes}, held.fd, ""
+                return {"nbytes": held.nbytes}, [os.dup(held.fd)], name
+            return {"nbytes": held.nbytes}, [os.dup(held.fd)], ""
 
 
 class HolderClient:
