@@ -27,7 +27,7 @@ os.environ[_MARK] = _SESSION
 _PROC = Path("/proc")
 _SHARED_MEMORY = Path("/dev/shm")
 _BEFORE = pytest.StashKey[tuple[Set[int], Set[int]]]()
-GRACE_S = 5.0
+GRACE_S = 20.0
 
 
 def left_over(look: Callable[[], set[str]]) -> list[str]:

@@ -28,8 +28,8 @@ from services.cli.run_directory import read_description
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_RANDOM = ROOT / "tests" / "fixtures" / "tiny-random"
-START_S = 90.0
-STREAMS_S = 110.0
+START_S = 150.0
+STREAMS_S = 200.0
 
 
 class Cluster:
@@ -101,7 +101,7 @@ class Cluster:
             found: list[dict[str, Any]] = body["requests"]
             return found
 
-    async def wait_status(self, what: Callable[[dict[str, Any]], bool], within_s: float = 60.0) -> dict[str, Any]:
+    async def wait_status(self, what: Callable[[dict[str, Any]], bool], within_s: float = 120.0) -> dict[str, Any]:
         """The first status for which ``what`` holds; raises with the last one otherwise."""
         deadline, status = time.monotonic() + within_s, {}
         while time.monotonic() < deadline:
@@ -169,7 +169,7 @@ async def stream_all(
     return records
 
 
-async def until_tokens(records: list[Stream], num_tokens: int, within_s: float = 60.0) -> None:
+async def until_tokens(records: list[Stream], num_tokens: int, within_s: float = 120.0) -> None:
     """Waits until every stream has that many tokens (or has ended): a fault now is a fault in mid-stream."""
     deadline = time.monotonic() + within_s
     while not all(record.num_tokens >= num_tokens or record.is_over for record in records):

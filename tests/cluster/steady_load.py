@@ -19,7 +19,7 @@ from tests.cluster.harness import STREAMS_S, outcome
 
 _SHORT_TOKENS = 30
 _BEFORE_TOKENS, _AFTER_TOKENS = 8, 16
-_RUNNING_S, _GO_ON_S = 60.0, 100.0
+_RUNNING_S, _GO_ON_S = 120.0, 120.0
 
 Result = TypeVar("Result")
 

@@ -24,7 +24,7 @@ MEMBERS = [0, 1, 2]
 SURVIVORS = [0, 1]
 VICTIM = 2
 PLACEMENT = Placement.random(3, MEMBERS, num_copies=1)
-DEADLINE_S = 0.5
+DEADLINE_S = 1.0
 
 
 def tokens_of(rank: int, seed: int = 0) -> Tokens:

@@ -15,7 +15,7 @@ from tests.kernels.rank_process import NUM_LAYERS, NUM_ROUNDS_AFTER, POINTS, Sce
 
 Reports = list[dict[str, Any]]
 Run = Callable[[Scenario], Reports]
-DEADLINE_S = 0.8
+DEADLINE_S = 1.5  # who is healthy must not need so long on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def zygote() -> Iterator[subprocess.Popen[str]]:
         yield process
         assert process.stdin is not None
         process.stdin.close()
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
 
 
 @pytest.fixture

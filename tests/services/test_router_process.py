@@ -4,7 +4,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,8 +32,6 @@ def test_sigterm_ends_a_router_that_never_found_its_monitor() -> None:
     assert process.stderr is not None
     while "listening on" not in process.stderr.readline():
         assert process.poll() is None
-    started = time.monotonic()
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, "Traceback" in errors) == (0, False), errors
-    assert time.monotonic() - started < 10

@@ -6,7 +6,7 @@ import pytest
 
 from tests.simulation.run import run_seed
 
-NUM_SEEDS, NUM_PARTS = 200, 20
+NUM_SEEDS, NUM_PARTS = 200, 40
 NUM_OF_PLOT = 4
 
 
