@@ -78,6 +78,7 @@ class FakeDecode:
         self.stop_after = -1  # outputs after which the model says end of sequence
         self.round_s = 0.002
         self.paused = False
+        self.num_together = 1  # tokens in a message, but for the first and the last
         self.pause_at = -1  # outputs at which a request makes no progress
 
     def member(self) -> Member:
@@ -93,7 +94,8 @@ class FakeDecode:
             incoming = await self.endpoint.receive()
             match incoming.message:
                 case Announce() as announce:
-                    self.rows[announce.request] = _Row(announce, incoming.peer, list(announce.outputs))
+                    outputs = list(announce.outputs)
+                    self.rows[announce.request] = _Row(announce, incoming.peer, outputs, num_sent=len(outputs))
                 case Abort() as abort:
                     self.rows.pop(abort.request, None)
                     self.aborted.put_nowait(abort)
@@ -116,7 +118,10 @@ class FakeDecode:
                 paused = self.paused or len(row.outputs) == self.pause_at
                 if row.has_kv and not paused and not self._finish(row):
                     row.outputs.append(self._next(row))
-                    self._send(row, len(row.outputs) - 1)
+                    is_first = len(row.outputs) == len(row.announce.outputs) + 1
+                    if is_first or self._finish(row) or len(row.outputs) - row.num_sent >= self.num_together:
+                        self._send(row, row.num_sent)
+                        row.num_sent = len(row.outputs)
 
     def preempt(self, request: RequestId) -> None:
         """Gives it up for lack of KV blocks: the router has its tokens, and places it again."""

@@ -47,9 +47,11 @@ async def test_choices_without_a_seed_differ() -> None:
         assert len(set(seeds)) == 4
 
 
-@pytest.mark.parametrize("continuous", [False, True])
-async def test_streamed_choices_come_apart_again(continuous: bool) -> None:
+@pytest.mark.parametrize(("continuous", "num_together"), [(False, 1), (True, 1), (False, 3), (True, 3)])
+async def test_streamed_choices_come_apart_again(continuous: bool, num_together: int) -> None:
     async with fake_cluster() as cluster, cluster.client() as client:
+        for decode in cluster.decodes:
+            decode.num_together = num_together
         stream = await client.completions.create(
             model="tiny-random",
             prompt=[PROMPT, OTHER],
@@ -106,6 +108,21 @@ async def test_a_chat_has_choices_with_a_role_each_and_alternatives() -> None:
         assert [choice.message.content for choice in whole.choices] == [expected_text(key, 5)] * 2
 
 
+@pytest.mark.parametrize("num_top", [0, 2])
+async def test_tokens_that_came_together_are_shown_one_by_one(num_top: int) -> None:
+    async with fake_cluster() as cluster:
+        for decode in cluster.decodes:
+            decode.num_together = 4
+        body = {"prompt": PROMPT, "max_tokens": 30, "logprobs": num_top, "stop": expected_text(KEY, 30)[20:24], "n": 2}
+        for choice in await _completion_choices(cluster, body, stream=True):
+            assert choice["text"] == expected_text(KEY, 20)
+            assert choice["tokens"] == _texts([token(KEY, n) for n in range(24)]), "those of the stop string count"
+            assert choice["token_logprobs"] == [logprob(KEY, n) for n in range(24)]
+            assert choice["text_offset"] == list(range(24))
+            assert [len(top) for top in choice["top_logprobs"]] == [max(num_top, 1)] * 24
+            assert choice["num_chunks"] < 12
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_echo_with_logprobs_covers_the_prompt(stream: bool) -> None:
     async with fake_cluster() as cluster:
@@ -143,7 +160,7 @@ async def _completion_choices(cluster: FakeCluster, body: dict[str, Any], stream
         mine = [part for part in parts if part["index"] == index]
         names = ("tokens", "token_logprobs", "text_offset", "top_logprobs")
         joined = {name: [item for part in mine for item in part["logprobs"][name]] for name in names}
-        choices.append({"text": "".join(part["text"] for part in mine), **joined})
+        choices.append({"text": "".join(part["text"] for part in mine), "num_chunks": len(mine), **joined})
     return choices
 
 
