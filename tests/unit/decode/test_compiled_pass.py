@@ -165,7 +165,7 @@ def test_a_pass_accuses_who_never_comes(tmp_path: Path, point: str) -> None:
 
         ranks[2].go_layer_by_layer(late)
         for group in cluster.ranks:
-            group.deadline_s = 0.1
+            group.deadline_s = 1.0  # on a busy machine the others need a while as well
 
         def run(group: ElasticGroup) -> bool:
             try:
