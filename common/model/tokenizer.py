@@ -38,6 +38,8 @@ class Tokenizer:
         self._template = None if chat_template is None else _compile(chat_template)
         # Then what stands before a token does not matter, except for a character that it continues.
         self.joins_bytes = isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
+        # Then bytes of a character are tokens of their own, and one that fits nowhere spoils its whole run of them.
+        self.byte_ids = _byte_ids(backend)
         self._decode_few = lru_cache(_NUM_REMEMBERED)(self._decode)
         self.shown = lru_cache(_NUM_REMEMBERED)(self._shown)
 
@@ -124,7 +126,8 @@ class Tokenizer:
 class IncrementalDetokenizer:
     """Turns a growing list of ids into text, piece by piece; the pieces together are the text of the whole.
 
-    A character whose bytes are not all there yet is held back: no piece ends in the middle of one.
+    A character whose bytes are not all there yet is held back: no piece ends in the middle of one. Where bytes are
+    tokens of their own (byte fallback), a whole run of them is: what it says is known when it is over.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
@@ -138,6 +141,8 @@ class IncrementalDetokenizer:
     def push(self, ids: Sequence[int]) -> str:
         """The text that the new ids add, "" while a character is unfinished."""
         self._ids.extend(ids)
+        if self._ids and self._ids[-1] in self._tokenizer.byte_ids:
+            return ""
         text = self._text()
         held = 0
         if text.endswith(_REPLACEMENT):
@@ -160,6 +165,14 @@ class IncrementalDetokenizer:
 
     def _text(self) -> str:
         return self._tokenizer.decode_few(tuple(self._ids[self._start :]), self._skip_special_tokens)
+
+
+def _byte_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
+    """The tokens ``<0x00>`` to ``<0xFF>`` of a vocabulary that is decoded with byte fallback."""
+    if "ByteFallback" not in json.dumps(json.loads(backend.to_str())["decoder"]):
+        return frozenset()
+    ids = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+    return frozenset(id for id in ids if id is not None)
 
 
 def _compile(template: str) -> jinja2.Template:

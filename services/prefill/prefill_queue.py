@@ -71,7 +71,7 @@ class Chunk:
         """Its KV leaves while it is computed. One lost piece costs the whole attempt, so a request that is at it for
         the fourth time, perhaps over a bad path, gets its KV in one message at the end."""
         is_all = self.start == 0 and self.is_last
-        return not is_all and self.prefill.attempt <= NUM_ATTEMPTS_IN_PIECES
+        return not is_all and self.prefill.attempt < NUM_ATTEMPTS_IN_PIECES
 
     @property
     def is_first(self) -> bool:

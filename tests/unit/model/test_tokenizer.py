@@ -68,11 +68,7 @@ def test_spaces_between_words_are_there_however_it_is_cut(ids: list[int], cuts: 
     backend = tokenizers.Tokenizer(WordLevel({"\u2581a": 0, "\u2581bc": 1, "d": 2, "\u2581": 3}, unk_token="d"))
     backend.decoder = tokenizers.decoders.Metaspace()
     tokenizer = Tokenizer(backend, None, {})
-    detokenizer, pieces, rest = IncrementalDetokenizer(tokenizer), [], list(ids)
-    for cut in [*cuts, len(ids)]:
-        pieces.append(detokenizer.push(rest[:cut]))
-        rest = rest[cut:]
-    assert "".join(pieces) + detokenizer.flush() == tokenizer.decode(ids)
+    assert _in_pieces(tokenizer, ids, cuts) == tokenizer.decode(ids)
 
 
 @given(text=st.text(max_size=30))

@@ -99,7 +99,7 @@ def test_who_has_lost_its_place_often_gets_its_kv_in_one_message() -> None:
     num_layers = engine._model.config.num_hidden_layers
     num_pieces = []
     results: list[Prefilled] = []
-    for attempt in (1, NUM_ATTEMPTS_IN_PIECES, NUM_ATTEMPTS_IN_PIECES + 1):
+    for attempt in (0, NUM_ATTEMPTS_IN_PIECES - 1, NUM_ATTEMPTS_IN_PIECES):
         queue, receiver = PrefillQueue.of(config, 16, engine.limits), Receiver(engine)
         queue.on_prefill(msgspec.structs.replace(prefill(0, 40), attempt=attempt))
         results += finish(engine, queue, receiver).values()
