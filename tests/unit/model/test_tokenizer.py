@@ -62,11 +62,32 @@ def test_the_pieces_are_the_text_however_it_is_cut(ids: list[int], cuts: list[in
     assert "".join(pieces) + detokenizer.flush() == TOKENIZER.decode(ids, skip_special_tokens=skip)
 
 
+def _in_pieces(tokenizer: Tokenizer, ids: list[int], cuts: list[int]) -> str:
+    detokenizer, pieces, rest = IncrementalDetokenizer(tokenizer), [], list(ids)
+    for cut in [*cuts, len(ids)]:
+        pieces.append(detokenizer.push(rest[:cut]))
+        rest = rest[cut:]
+    return "".join(pieces) + detokenizer.flush()
+
+
 @given(ids=st.lists(st.integers(0, 3), max_size=20), cuts=st.lists(st.integers(1, 4), max_size=20))
 def test_spaces_between_words_are_there_however_it_is_cut(ids: list[int], cuts: list[int]) -> None:
     """A decoder that drops the first space of a text must not drop that of a piece."""
     backend = tokenizers.Tokenizer(WordLevel({"\u2581a": 0, "\u2581bc": 1, "d": 2, "\u2581": 3}, unk_token="d"))
     backend.decoder = tokenizers.decoders.Metaspace()
+    tokenizer = Tokenizer(backend, None, {})
+    assert _in_pieces(tokenizer, ids, cuts) == tokenizer.decode(ids)
+
+
+@given(
+    ids=st.lists(st.one_of(st.sampled_from("\u4f60\u597d\U0001f642".encode()), st.integers(0, 258)), max_size=30),
+    cuts=st.lists(st.integers(1, 4), max_size=30),
+)
+def test_bytes_that_are_tokens_read_the_same_however_they_are_cut(ids: list[int], cuts: list[int]) -> None:
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"a": 256, "\u2581b": 257, "\u65e5": 258}
+    backend = tokenizers.Tokenizer(WordLevel(vocabulary, unk_token="a"))
+    parts = [tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    backend.decoder = tokenizers.decoders.Sequence(parts)
     tokenizer = Tokenizer(backend, None, {})
     assert _in_pieces(tokenizer, ids, cuts) == tokenizer.decode(ids)
 
