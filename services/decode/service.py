@@ -156,11 +156,12 @@ class DecodeService:
 
     def _beat(self) -> Heartbeat:
         stream = self._stream
+        status = stream.status  # first: the counters then tell of all that was done before its view
         counters = stream.counters() | {
             "malformed_messages": self._endpoint.num_malformed,
             "strangers_refused": self._endpoint.num_refused,
         }
-        return stream.status.heartbeat(self._process, self._client.term, stream.progress, stream.waits_for, counters)
+        return status.heartbeat(self._process, self._client.term, stream.progress, stream.waits_for, counters)
 
     def _send_all(self, out: Iterable[Action | ExpertLoad]) -> None:
         for action in out:
