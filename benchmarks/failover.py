@@ -1,7 +1,7 @@
 """What a failure costs: 32 streams on 4 decode ranks while parts of the cluster go, all seen by the clients.
 
     python -m benchmarks.failover [--sections ranks,services,scaling,routers] [--kills 20] [--stops 10] [--streams 32]
-                                  [--repeats 3] [--model DIR] [--output PREFIX]
+                                  [--repeats 3] [--standbys 0] [--model DIR] [--output PREFIX]
 
     ranks      decode ranks killed and stopped
     services   monitor, planner and agent killed and stopped
@@ -97,7 +97,8 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         with tempfile.TemporaryDirectory(prefix="regrow-failover-") as directory:
             base = Path(directory).resolve()
             config = base / "routers.toml"
-            config.write_text(failover_routers.CONFIG if num_routers > 1 else "")
+            standbys = f"[decode]\nnum_standbys = {options.standbys}\n"
+            config.write_text(standbys + (failover_routers.CONFIG if num_routers > 1 else ""))
             more = ("--routers", str(num_routers), "--config", str(config))
             with temporary_cluster(base / "run", options.model, 4, 2, *more) as url:
                 bench = Bench(options, url, base)
@@ -125,6 +126,7 @@ def main() -> int:
     parser.add_argument("--stops", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3, help="of each fault of a service")
     parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--standbys", type=int, default=0, help="decode processes kept warm beside the ranks")
     parser.add_argument("--calm-s", type=float, default=45.0, help="length of the fault-free run")
     parser.add_argument("--model", type=Path, default=ROOT / "tests" / "fixtures" / "tiny-random")
     parser.add_argument("--output", type=Path, default=results_path("failover_cpu"))
