@@ -9,10 +9,11 @@
 Decode ranks and prefill workers may be made more or fewer (`on_set_children`): a new one takes the lowest free number;
 one that is not wanted any more is forgotten, once it has ended if it runs.
 
-A death soon after the start doubles the time until the next start; a life of `STABLE_S` forgets the deaths before it. A
-child is given up after too many deaths in the window, or when it says twice in a row, by exit code 2, that an operator
-must change something. A death that was asked for through the agent (a fault, a fence) is nobody's failure and counts
-for nothing. When a kind without which nothing is served has been given up altogether, the agent fails as a whole.
+A death soon after the start doubles the time until the next start; a life of `STABLE_S` begins anew with that. A child
+is given up after too many deaths in the window, however long its lives are (a large model, or a busy machine, takes
+longer than `STABLE_S` to start it), or when it says twice in a row, by exit code 2, that an operator must change
+something. A death that was asked for through the agent (a fault, a fence) is nobody's failure and counts for nothing.
+When a kind without which nothing is served has been given up altogether, the agent fails as a whole.
 
 The stop goes by phases: routers first, which finish their streams, while everything they need is still there; the
 monitor last.
@@ -98,6 +99,7 @@ class Child:
     kill_at: float | None = None
     death_was_asked_for: bool = False
     deaths: deque[float] = field(default_factory=deque)
+    num_quick_deaths: int = 0  # in a row
     num_operator_errors: int = 0
     num_restarts: int = 0
 
@@ -222,7 +224,7 @@ class Supervisor:
         if child.state is ChildState.RUNNING:
             child.machine.move(ChildState.WAITING, now, reason)
         agent = self._config.agent
-        doublings = max(0, len(child.deaths) - 1)
+        doublings = max(0, child.num_quick_deaths - 1)
         child.start_at = now + min(agent.restart_backoff_s * 2.0**doublings, agent.restart_backoff_max_s)
         child.num_restarts += 1
         return []
@@ -232,9 +234,9 @@ class Supervisor:
         if child.death_was_asked_for:
             return False
         if child.state is ChildState.RUNNING and now - child.started >= STABLE_S:
-            child.deaths.clear()
-            child.num_operator_errors = 0
+            child.num_quick_deaths = child.num_operator_errors = 0
         child.num_operator_errors = child.num_operator_errors + 1 if reason == OPERATOR_MUST_ACT else 0
+        child.num_quick_deaths += 1
         child.deaths.append(now)
         while now - child.deaths[0] > agent.give_up_window_s:
             child.deaths.popleft()

@@ -74,6 +74,20 @@ def test_backoff_has_a_largest_value() -> None:
         now += 3.0
 
 
+def test_a_child_whose_start_takes_long_is_given_up_too() -> None:
+    """It dies each time that it is ready: on a busy machine that was a stable life, and nobody ever gave it up."""
+    supervisor = make("decode-0", "decode-1")
+    start(supervisor, 0.0)
+    now, actions = 0.0, list[Action]()
+    for number in range(4):
+        assert actions == [], number
+        now += STABLE_S + 2.0
+        actions = supervisor.on_exit("decode-0", "signal KILL", now)
+        now += 0.2
+        assert start(supervisor, now) == ([] if actions else ["decode-0"]), "no longer a pause than after the first"
+    assert isinstance(actions[0], GiveUp) and "4 deaths" in actions[0].reason
+
+
 def test_gives_up_after_too_many_deaths_and_says_how_many() -> None:
     supervisor = make("decode-0", "decode-1")
     start(supervisor, 0.0)
