@@ -7,6 +7,7 @@ Legend: W max_ranks, T tokens of this call, K top_k, H hidden_size, N entries re
 """
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,7 @@ from kernels.elastic_mode import ElasticMode
 from kernels.epoch_state import VOID
 from kernels.header_exchange import HeaderDue, HeaderRound
 from kernels.heap_layout import HeapLayout
+from kernels.heap_window import HeapWindow
 from kernels.received import Received
 from kernels.reference import ElasticGroup
 from kernels.symmetric_memory.base import PeerHeap, SymmetricHeap
@@ -66,7 +68,7 @@ class CompiledGroup(ElasticGroup):
 
     def map_peer(self, rank: int, peer_heap: PeerHeap) -> None:
         super().map_peer(rank, peer_heap)
-        self._compiled.heap_W[rank] = self._windows[rank].address
+        self._compiled.heap_W[rank] = peer_heap.bytes_U8.data_ptr()  # also while this rank is mute
 
     def unmap_peer(self, rank: int) -> None:
         super().unmap_peer(rank)
@@ -166,8 +168,9 @@ class CompiledGroup(ElasticGroup):
         rank_TK: npt.NDArray[np.int64],
         local_expert_TK: torch.Tensor,
         weight_TK: torch.Tensor,
+        windows: Sequence[HeapWindow],
     ) -> None:
-        self._refresh()
+        self._refresh(windows)
         self._compiled.send(x_TH if x_TH.stride(1) == 1 else x_TH.contiguous())
 
     def _read_tokens(self, step: int) -> Received:
@@ -179,11 +182,13 @@ class CompiledGroup(ElasticGroup):
         num_rows_W, weight_N = tuple(compiled.num_rows_W.tolist()), self._weight_N[:num]
         return Received(step, num_rows_W, self._x_SH, row_N, source_N, token_N, k_N, local_N, weight_N)
 
-    def _return_rows(self, expert_rows_NH: torch.Tensor, received: Received, ordered: bool) -> None:
+    def _return_rows(
+        self, expert_rows_NH: torch.Tensor, received: Received, ordered: bool, windows: Sequence[HeapWindow]
+    ) -> None:
         if not ordered:
-            super()._return_rows(expert_rows_NH, received, ordered)
+            super()._return_rows(expert_rows_NH, received, ordered, windows)
             return
-        self._refresh()
+        self._refresh(windows)
         self._compiled.give_back(expert_rows_NH.contiguous())
 
     def _add_up(self, ordered: bool) -> torch.Tensor:
@@ -196,18 +201,21 @@ class CompiledGroup(ElasticGroup):
         self._refresh()
         self._compiled.ring()
 
-    def _refresh(self) -> None:
-        """Members and heaps as they are now."""
+    def _refresh(self, windows: Sequence[HeapWindow] | None = None) -> None:
+        """Members and heaps as they are now; or the ``windows`` of the members, if somebody has looked already."""
         compiled = self._compiled
         compiled.set_members(self.members)
-        if self._windows.is_mute:
-            self._muted_W[:] = self._windows.nowhere().address
+        windows = self._windows.of(self.members) if windows is None else windows
+        nowhere = self._windows.last_nowhere
+        is_mute = nowhere is not None and any(window is nowhere for window in windows)
+        if is_mute:
+            assert nowhere is not None
+            self._muted_W[:] = nowhere.address
             self._muted_W[self.rank] = self._own.address
             compiled.use_heaps(self._muted_W)
-            self._is_muted = True
         elif self._is_muted:
             compiled.use_heaps(compiled.heap_W)
-            self._is_muted = False
+        self._is_muted = is_mute
 
 
 _FAILURES: dict[int, tuple[type[Exception], str]] = {

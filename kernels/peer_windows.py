@@ -30,7 +30,7 @@ class PeerWindows(dict[int, HeapWindow]):
     def __init__(self, layout: HeapLayout, rank: int, own: HeapWindow) -> None:
         super().__init__({rank: own})
         self._layout, self._rank = layout, rank
-        self._nowhere: HeapWindow | None = None
+        self.last_nowhere: HeapWindow | None = None  # once this rank was mute
         self.fault: LinkFault | None = None
 
     def __getitem__(self, rank: int) -> HeapWindow:
@@ -40,9 +40,8 @@ class PeerWindows(dict[int, HeapWindow]):
 
     def of(self, ranks: Iterable[int]) -> list[HeapWindow]:
         """One after another, with one look at the fault."""
-        if self.is_mute:
-            return [self[rank] for rank in ranks]
-        return [super(PeerWindows, self).__getitem__(rank) for rank in ranks]
+        is_mute, get = self.is_mute, super().__getitem__
+        return [self.nowhere() if is_mute and rank != self._rank else get(rank) for rank in ranks]
 
     @property
     def is_mute(self) -> bool:
@@ -51,8 +50,8 @@ class PeerWindows(dict[int, HeapWindow]):
     def nowhere(self) -> HeapWindow:
         """What a mute rank writes to in place of a peer's heap."""
         assert self.fault is not None
-        if self._nowhere is None:
+        if self.last_nowhere is None:
             # Pages that are never written take no memory.
-            self._nowhere = HeapWindow(self._layout, torch.zeros(self._layout.nbytes, dtype=torch.uint8))
+            self.last_nowhere = HeapWindow(self._layout, torch.zeros(self._layout.nbytes, dtype=torch.uint8))
         self.fault.on_lost(1, 0)
-        return self._nowhere
+        return self.last_nowhere

@@ -15,6 +15,7 @@ N (row, k) entries of the experts held here.
 """
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from kernels.elastic_mode import ElasticMode
 from kernels.epoch_state import VOID
 from kernels.header_exchange import HeaderExchange
 from kernels.heap_layout import HeapLayout
+from kernels.heap_window import HeapWindow
 from kernels.own_tokens import MASKED, OwnTokens
 from kernels.received import Received, read_received, sum_of_each_row, x_of_rows
 from kernels.symmetric_memory.base import SymmetricHeap
@@ -101,8 +103,9 @@ class ElasticGroup(HeaderExchange):
             raise RuntimeError("combine out of order: it takes what the last dispatch received, once")
         step = self._next_step()
         self._combine_due = 0
-        self._return_rows(expert_rows_NH, received, ordered)
-        for window in self._windows.of(self.members):
+        windows = self._windows.of(self.members)  # rows and their words take the same way, whatever a fault does
+        self._return_rows(expert_rows_NH, received, ordered, windows)
+        for window in windows:
             window.combine_word[self.rank] = step
         self._ring()
         if not self._await_words(self._own.combine_wait, step, self.deadline_s):
@@ -145,8 +148,9 @@ class ElasticGroup(HeaderExchange):
                 "dispatch out of order: an epoch begins with allgather, and each dispatch has its combine"
             )
         step = self._next_step()
-        self._send_tokens(x_TH, rank, local_expert_TK, weight_TK)
-        for window in self._windows.of(self.members):
+        windows = self._windows.of(self.members)
+        self._send_tokens(x_TH, rank, local_expert_TK, weight_TK, windows)
+        for window in windows:
             window.dispatch_word[self.rank] = step
         self._combine_due, self._sent_to = step, self.members
         return step
@@ -195,6 +199,7 @@ class ElasticGroup(HeaderExchange):
         rank_TK: npt.NDArray[np.int64],
         local_expert_TK: torch.Tensor,
         weight_TK: torch.Tensor,
+        windows: Sequence[HeapWindow],
     ) -> None:
         outbox = self._tokens.fill(x_TH, rank_TK, local_expert_TK, weight_TK)
         if self._load_WL.size:
@@ -202,7 +207,7 @@ class ElasticGroup(HeaderExchange):
         wanted_GT = (rank_TK == np.array(self.members)[:, None, None]).any(axis=2)
         token_R, end = wanted_GT.nonzero()[1], 0
         counts = np.count_nonzero(wanted_GT, axis=1).tolist()
-        for window, num_rows in zip(self._windows.of(self.members), counts, strict=True):
+        for window, num_rows in zip(windows, counts, strict=True):
             begin, end = end, end + num_rows
             # mode="clip" writes straight into the heap; the default goes through a buffer.
             rows = window.dispatch_rows[self.rank, :num_rows]
@@ -215,7 +220,9 @@ class ElasticGroup(HeaderExchange):
             num_rows_W[member] = self._own.dispatch_num_rows[member]
         return read_received(self._row_words_SC, self._x_SH, self.layout.ep, self.rank, step, tuple(num_rows_W))
 
-    def _return_rows(self, expert_rows_NH: torch.Tensor, received: Received, ordered: bool) -> None:
+    def _return_rows(
+        self, expert_rows_NH: torch.Tensor, received: Received, ordered: bool, windows: Sequence[HeapWindow]
+    ) -> None:
         top_k, source_N = self.layout.ep.top_k, received.source_N.numpy()
         place_N = received.token_N.numpy() * top_k + received.k_N.numpy()
         if ordered:
@@ -224,7 +231,7 @@ class ElasticGroup(HeaderExchange):
             first_R, rows = sum_of_each_row(expert_rows_NH, received, top_k)
             source_N, place_N = source_N[first_R], place_N[first_R] // top_k * top_k
         bounds = source_N.searchsorted(self._slots).tolist()
-        for member, window in zip(self.members, self._windows.of(self.members), strict=True):
+        for member, window in zip(self.members, windows, strict=True):
             begin, end = bounds[member], bounds[member + 1]
             if begin != end:
                 window.combine_rows[self.rank][place_N[begin:end]] = rows[begin:end]

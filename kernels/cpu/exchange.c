@@ -73,7 +73,8 @@ EXPORT void regrow_read_tokens(exchange_t *e)
     int64_t n = 0;
     memset(e->num_rows_W, 0, (size_t)e->max_ranks * sizeof(int64_t));
     for (int64_t g = 0; g < e->num_members; g++) {
-        const int64_t source = e->member_G[g], num_rows = least(*num_rows_of(e, e->rank, source), max_tokens);
+        const int64_t source = e->member_G[g], said = load_word((const char *)num_rows_of(e, e->rank, source));
+        const int64_t num_rows = said < 0 ? 0 : least(said, max_tokens);
         e->num_rows_W[source] = num_rows;
         for (int64_t row = 0; row < num_rows; row++) {
             const int64_t slot = source * max_tokens + row;

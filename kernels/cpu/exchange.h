@@ -70,5 +70,6 @@ void regrow_ring(const exchange_t *e);
 void regrow_send_header(const exchange_t *e, const header_t *h);
 void regrow_await_headers(const exchange_t *e, wait_t *w, header_t *h);
 void regrow_wait(const exchange_t *e, wait_t *w);
+void count_wait(const exchange_t *e, const wait_t *w);
 
 #endif

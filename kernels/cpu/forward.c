@@ -95,6 +95,7 @@ static int words_come(pass_t *p, int64_t word_at, int64_t word_step)
     w->most_ns = p->most_wait_ns;
     const int64_t begun = now_ns();
     regrow_wait(p->exchange, w);
+    count_wait(p->exchange, w);
     p->own_ns -= now_ns() - begun;
     return w->end == COMPLETE;
 }

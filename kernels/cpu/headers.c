@@ -50,5 +50,6 @@ EXPORT void regrow_await_headers(const exchange_t *e, wait_t *w, header_t *h)
     w->step = h->step;
     w->begun_ns = 0;
     regrow_wait(e, w);
+    count_wait(e, w);
     if (w->end == COMPLETE && read_headers(e, h)) h->is_due = 0;
 }

@@ -33,12 +33,23 @@ int64_t now_ns(void)
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
+/* After a part of a wait that ended without all words: the time since it began counts, whoever goes on waiting. */
+void count_wait(const exchange_t *e, const wait_t *w)
+{
+    const int64_t waited = now_ns() - w->begun_ns;
+    for (int64_t g = 0; w->end != COMPLETE && g < e->num_members; g++)
+        if (w->is_missing_W[e->member_G[g]]) w->waited_ns_W[e->member_G[g]] += waited;
+}
+
 EXPORT void regrow_wait(const exchange_t *e, wait_t *w)
 {
     char *own = heap_of(e, e->rank);
     int is_first_look = w->begun_ns == 0;
-    if (is_first_look)
-        for (int64_t g = 0; g < e->num_members; g++) w->is_missing_W[e->member_G[g]] = 1;
+    if (is_first_look) memset(w->is_missing_W, 0, (size_t)e->max_ranks);
+    if (!e->num_members) {
+        w->end = COMPLETE;
+        return;
+    }
     int64_t now = now_ns();
     const int64_t part_begun = now;
     if (is_first_look) w->begun_ns = now;
@@ -50,12 +61,13 @@ EXPORT void regrow_wait(const exchange_t *e, wait_t *w)
         last = -1;
         for (int64_t g = 0; g < e->num_members; g++) {
             const int64_t source = e->member_G[g];
-            if (!w->is_missing_W[source]) continue;
+            if (!is_first_look && !w->is_missing_W[source]) continue;
             const int64_t word = load_word(w->word + source * w->word_step);
             if (word == w->step) {
                 w->is_missing_W[source] = 0;
                 if (!is_first_look) w->waited_ns_W[source] += now - w->begun_ns;
             } else {
+                w->is_missing_W[source] = 1;
                 last = source;
                 has_future |= word > w->step;
             }

@@ -20,6 +20,7 @@ from common.pace import Pace
 from common.placement import initial_placement, num_local_experts
 from common.replica_choice import ReplicaChoice
 from kernels.compiled_group import CompiledGroup
+from kernels.compiled_wait import FIRST_PART_NS
 from kernels.epoch_state import CLEAN, VoidReason
 from kernels.heap_layout import EpShape
 from kernels.reference import ElasticGroup
@@ -179,6 +180,8 @@ def test_a_pass_accuses_who_never_comes(tmp_path: Path, point: str) -> None:
         assert VoidReason.DEADLINE in reasons <= {VoidReason.DEADLINE, VoidReason.PEER_POISON}
         for group in cluster.ranks[:2]:
             assert group.observation_mask().tolist() == [0, 0, int(group.void_reason is VoidReason.DEADLINE), 0]
+            if group.void_reason is VoidReason.DEADLINE:  # and the part that was waited in C before it
+                assert group.wait_ns_by_source()[2] >= 1e9 + FIRST_PART_NS
             before = cluster.snapshot(1 - group.rank)
             assert isinstance(group, CompiledGroup)
             with pytest.raises(VoidRound):
