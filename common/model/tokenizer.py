@@ -20,6 +20,7 @@ _REPLACEMENT = "\ufffd"
 # A UTF-8 character cut short has at most three bytes, each of which may show as one U+FFFD.
 _MAX_UNFINISHED = 3
 _NUM_REMEMBERED = 1 << 15
+_NUM_FEW = 3
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -90,8 +91,9 @@ class Tokenizer:
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def decode_few(self, ids: tuple[int, ...], skip_special_tokens: bool = True) -> str:
-        """`decode` of a handful of ids, as streams ask for them: what was asked lately is remembered."""
-        return self._decode_few(ids, skip_special_tokens)
+        """`decode` of a handful of ids, as streams ask for them: few enough are remembered, more hardly come again."""
+        decode = self._decode_few if len(ids) <= _NUM_FEW else self._decode
+        return decode(ids, skip_special_tokens)
 
     def _decode(self, ids: tuple[int, ...], skip_special_tokens: bool) -> str:
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)

@@ -290,6 +290,10 @@ class Delivery:
         """When `flush` has something to say, if nothing happens before."""
         return self._news.due_at
 
+    def hurry(self) -> None:
+        """All that routers have not been told is due."""
+        self._news.hurry_all()
+
     def flush(self, epoch: Epoch, now: float) -> list[Send]:
         """What is due, one message for each router."""
         num_requests = self._scheduler.num_running + self._scheduler.num_waiting

@@ -38,6 +38,10 @@ class News:
         """What its router has not been told is due now."""
         self._not_before.pop(request.announce.router, None)
 
+    def hurry_all(self) -> None:
+        """What no router has been told is due now."""
+        self._not_before.clear()
+
     def forget(self, request: Request) -> None:
         """Nobody wants to know of it any more."""
         router, id = request.announce.router, request.announce.request

@@ -177,6 +177,10 @@ class RankEngine:
         assert self._staging is not None
         self._staging.stage(self._own_slots(placement), placement.version, self._in_force)
 
+    @property
+    def copies_at_once(self) -> bool:
+        return not self._planner.use_async
+
     def copy_experts(self, now: float) -> bool:
         """One slice; whether all is here."""
         assert self._staging is not None

@@ -224,6 +224,8 @@ class Stream:
             assert self._rank is not None
             if isinstance(action, actions.OpenSlot):
                 self._begin_life()
+            if isinstance(action, actions.LoadExperts | actions.CloseSlot):
+                self._tell_all()  # it may take seconds, or the requests end with the slot
             if isinstance(action, OwnAction):
                 self._perform(self._rank.life.perform(action))
             else:
@@ -233,7 +235,11 @@ class Stream:
     def _copy_experts(self, now: float) -> None:
         """For the placement that may come next: a slice now, in front of a round, or while there is nothing to do."""
         following = self._membership.next_placement
-        if following.is_pending and self._rank and self._rank.engine.copy_experts(now):
+        if not following.is_pending or self._rank is None:
+            return
+        if self._rank.engine.copies_at_once:
+            self._tell_all()
+        if self._rank.engine.copy_experts(now):
             following.on_staged()
 
     def _look_for_first_headers(self) -> None:
@@ -294,6 +300,12 @@ class Stream:
         """What is due: after a round, and while this rank waits for others or has none."""
         if self._rank and (now := self._clock()) >= self._rank.delivery.due_at:
             self._send(self._rank.delivery.flush(self._membership.epoch, now))
+
+    def _tell_all(self) -> None:
+        """Before what no round and no wait looks up from: tokens are not to wait behind it."""
+        if self._rank:
+            self._rank.delivery.hurry()
+            self._tell_routers()
 
     def _send(self, sends: Sequence[Send]) -> None:
         if sends:
