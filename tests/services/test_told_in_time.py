@@ -71,7 +71,7 @@ def test_while_others_are_awaited(tmp_path: Path) -> None:
             assert resume.wait(60)
             return exchange(*args)
 
-        engine.exchange_headers = hang  # type: ignore[method-assign]
+        engine.exchange_headers = hang  # type: ignore[assignment, method-assign]
         assert reached.wait(30)
         group.wait_until(lambda: len(set(_committed_and_told(group))) == 1)
         resume.set()
