@@ -47,15 +47,15 @@ async def send_stream(
     )
     if request.version >= HttpVersion11:
         response.enable_chunked_encoding()
-    await response.prepare(request)
 
     async def write(data: bytes) -> None:
         if data:
             async with asyncio.timeout(send_timeout_s):
                 await response.write(data)
 
-    # A write fails when the client is gone, and times out when it has stopped reading.
+    # A write fails when the client is gone, that of the headers too, and times out when it has stopped reading.
     with contextlib.suppress(ConnectionError, TimeoutError):
+        await response.prepare(request)
         try:
             deltas, last_words = first, b""
             await write(_events(answer.opening()))

@@ -8,6 +8,7 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
+from aiohttp import web
 
 from tests.services.fake_cluster import FakeCluster, fake_cluster, until
 from tests.services.fake_decode import expected_text, logprob, token
@@ -168,6 +169,24 @@ async def test_a_client_that_leaves_before_its_first_token_is_aborted() -> None:
         await until(lambda: len(cluster.decodes[0].rows) == 1)
         run.cancel()
         await cluster.decodes[0].aborted.get()
+
+
+async def test_a_client_that_leaves_as_its_first_token_comes_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its connection is closed when the headers are to be written, and nobody has been told yet."""
+
+    async def prepare(response: web.StreamResponse, request: web.BaseRequest) -> None:
+        raise aiohttp.ClientConnectionResetError("Cannot write to closing transport")
+
+    async with fake_cluster(num_decodes=1) as cluster:
+        monkeypatch.setattr(web.StreamResponse, "prepare", prepare)
+        body = json.dumps({"prompt": PROMPT, "max_tokens": 900, "stream": True}).encode()
+        with pytest.raises(aiohttp.ServerDisconnectedError):
+            await _post(cluster, "/v1/completions", body)
+        monkeypatch.undo()
+        await cluster.decodes[0].aborted.get()
+        assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 async def test_overload_is_told_so_and_passes() -> None:
