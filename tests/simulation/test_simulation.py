@@ -48,14 +48,16 @@ def test_every_promise_holds_where_stories_are_about_one_thing(plot: str, seen: 
     assert counts[seen] > 0, counts
 
 
-@pytest.mark.parametrize("seed", [17, 20])
-def test_a_cable_that_stays_broken_delays_no_other_join_for_long(seed: int) -> None:
-    """A healthy rank joins beside one that some members do not hear. That one is put out, again and again."""
-    story, broken = run_seed(seed, "cables")
-    assert not broken, f"seed {seed} at {story.world.now:.3f}: {broken}\n" + "\n".join(story.world.story()[-80:])
-    assert story.checker.counts["join_paused"] >= 2
-    monitor = story.config.monitor
-    assert monitor.adopt_timeout_s < story.checker.longest_join_s < monitor.adopt_timeout_s + 3.0
+def test_a_cable_that_stays_broken_delays_no_other_join_for_long() -> None:
+    """Ranks join beside one that some members do not hear. That one is put out, again and again; in one of these
+    stories a healthy rank has to wait for it."""
+    delays_s = []
+    for seed in (11, 17, 20):
+        story, broken = run_seed(seed, "cables")
+        assert not broken, f"seed {seed} at {story.world.now:.3f}: {broken}\n" + "\n".join(story.world.story()[-80:])
+        assert story.checker.counts["join_paused"] >= 2
+        delays_s.append(story.checker.longest_join_s - story.config.monitor.adopt_timeout_s)
+    assert 0.0 < max(delays_s) < 3.0
 
 
 def test_the_same_seed_is_the_same_story() -> None:
