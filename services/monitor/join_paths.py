@@ -26,11 +26,8 @@ Gaps = frozenset[tuple[ProcessId, ProcessId]]  # (who misses, whose first header
 class JoinPaths:
     def __init__(self, config: MonitorConfig, table: ProcessTable, outbox: Outbox, clock: TickClock) -> None:
         self._config, self._table, self._outbox, self._clock = config, table, outbox, clock
-        self._seen: tuple[int, Gaps, float] = (
-            0,
-            frozenset(),
-            0.0,
-        )  # epoch prepared, gaps, since when these and no others
+        # Epoch prepared, gaps, since when these and no others.
+        self._seen: tuple[int, Gaps, float] = (0, frozenset(), 0.0)
         self._pauses: dict[str, tuple[int, float, float]] = {}  # by name: failures in a row, the last one, how long
 
     def unreached(self, prepared: PreparedView | None, now: float) -> Suspect | None:
