@@ -148,6 +148,7 @@ class ClusterConfig(_Section, frozen=True):
     agent: AgentConfig = AgentConfig()
 
 
+_MAY_BE_ZERO = ("delivery_interval_s", "slow_factor")
 _LEAST = {
     "num_standbys": 0,
     "num_redundant_experts": -1,
@@ -191,6 +192,8 @@ def validate(config: ClusterConfig) -> None:
         raise ValueError(f"router.num_workers must be at least 1, got {config.router.num_workers}")
     if config.prefill.num_workers < 1:
         raise ValueError(f"prefill.num_workers must be at least 1, got {config.prefill.num_workers}")
+    if not (monitor.slow_factor == 0 or monitor.slow_factor > 1):
+        raise ValueError(f"slow_factor must be above 1, or 0 to keep slow ranks, got {monitor.slow_factor}")
     # A router without news asks for them.
     if not 0 <= decode.delivery_interval_s <= config.router.no_news_s / 2:
         raise ValueError(
@@ -199,13 +202,8 @@ def validate(config: ClusterConfig) -> None:
         )
     for section in msgspec.structs.asdict(config).values():
         for key, value in msgspec.structs.asdict(section).items():
-            if key == "delivery_interval_s":
-                continue
-            if key == "slow_factor" and (value == 0 or value > 1):
-                continue
-            if key == "slow_factor":
-                raise ValueError(f"slow_factor must be above 1, or 0 to keep slow ranks, got {value}")
-            if isinstance(value, float) and not value > 0:  # nan too
+            is_zero_allowed = value == 0 and key in _MAY_BE_ZERO
+            if isinstance(value, float) and not value > 0 and not is_zero_allowed:  # nan too
                 raise ValueError(f"{key} must be positive, got {value}")
             is_number = isinstance(value, int) and not isinstance(value, bool)
             if is_number and value < (least := _LEAST.get(key, 1)):

@@ -4,7 +4,6 @@ sections 1.3, 1.4 and 4.1.
     send_header -> what needs nobody else -> await_headers         or both at once: allgather
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,10 +12,7 @@ import numpy as np
 
 from kernels.elastic_mode import ElasticMode
 from kernels.epoch_state import VOID, EpochState, VoidReason
-from kernels.heap_layout import HeapLayout
 from kernels.step_words import epoch_floor, header_bank, header_tag, tagged
-from kernels.symmetric_memory.base import SymmetricHeap
-from kernels.word_wait import Clock, Pause
 
 _LOW_HALF = np.uint64(0xFFFFFFFF)
 _HIGH_HALF = np.uint64(32)
@@ -38,26 +34,15 @@ class HeaderRound:
 
 
 class HeaderExchange(EpochState):
-    """Base of ``ElasticGroup``, which explains the arguments."""
+    """Base of ``ElasticGroup``."""
 
-    def __init__(
-        self,
-        layout: HeapLayout,
-        heap: SymmetricHeap,
-        rank: int,
-        *,
-        deadline_s: float,
-        elastic: ElasticMode = ElasticMode.VIEWS,
-        clock: Clock = time.monotonic,
-        pause: Pause | None = None,
-    ) -> None:
-        super().__init__(layout, heap, rank, deadline_s=deadline_s, elastic=elastic, clock=clock, pause=pause)
-        self._num_headers = 0
-        self._header_due: HeaderDue | None = None
-        self.headers: HeaderRound | None = None  # of the last `send_header`, once they are here
-        self._stop: Callable[[], bool] | None = None
-        self._announced: tuple[int, list[int]] | None = None
-        self._combine_due = 0  # step of the dispatch whose combine comes next; 0: none
+    # Before the first epoch:
+    headers: HeaderRound | None = None  # of the last `send_header`, once they are here
+    _num_headers = 0
+    _header_due: HeaderDue | None = None
+    _stop: Callable[[], bool] | None = None
+    _announced: tuple[int, list[int]] | None = None
+    _combine_due = 0  # step of the dispatch whose combine comes next; 0: none
 
     def adopt(self, epoch: int, members: Sequence[int], digest: int, *, in_band: bool = False) -> None:
         super().adopt(epoch, members, digest, in_band=in_band)

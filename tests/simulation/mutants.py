@@ -11,7 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.simulation.mutant_list import MUTANTS, Edit, Mutant
+from tests.simulation.mutant import Edit, Mutant
+from tests.simulation.mutant_list import MUTANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("common", "kernels", "services", "tests/simulation")

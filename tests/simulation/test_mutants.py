@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.simulation.mutant_list import MUTANTS, QUICK, Mutant
+from tests.simulation.mutant import Mutant
+from tests.simulation.mutant_list import MUTANTS, QUICK
 from tests.simulation.mutants import ROOT, catch, mutated
 
 

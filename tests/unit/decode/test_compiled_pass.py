@@ -21,6 +21,8 @@ from common.placement import initial_placement, num_local_experts
 from common.replica_choice import ReplicaChoice
 from kernels.compiled_group import CompiledGroup
 from kernels.compiled_wait import FIRST_PART_NS
+from kernels.cpu.batch import CheckedBatch
+from kernels.cpu.forward import CompiledModel
 from kernels.epoch_state import CLEAN, VoidReason
 from kernels.heap_layout import EpShape
 from kernels.reference import ElasticGroup
@@ -66,6 +68,15 @@ class Rank:
         self.cache = torch.full(kv_cache_shape(config, 8, 16), float("nan"))
         self.model = Model(checkpoint, self.exchange, self.cache)
         self.missed: list[bool] = []
+        self.num_at_once = 0
+        at_once = self.exchange.run_pass
+
+        def counted(model: CompiledModel, batch: CheckedBatch) -> Tensor | None:
+            logits_SV = at_once(model, batch)
+            self.num_at_once += logits_SV is not None
+            return logits_SV
+
+        self.exchange.run_pass = counted  # type: ignore[method-assign]
 
     def go_layer_by_layer(self, late: Callable[[str], None]) -> None:
         dispatch, combine = self.group.dispatch, self.group.combine
@@ -109,11 +120,11 @@ def three_ranks(directory: Path, missing_expert: int | None = None) -> Iterator[
         yield cluster, [Rank(group, missing_expert) for group in cluster.ranks]
 
 
-Outcome = tuple[dict[int, list[Tensor]], list[CountedLoad | None], list[list[bool]], list[Tensor], list[int]]
+Outcome = tuple[dict[int, list[Tensor]], list[CountedLoad | None], list[list[bool]], list[Tensor], list[int], list[int]]
 
 
 def outcome(directory: Path, prepare: Callable[[list[Rank]], None], missing_expert: int | None = None) -> Outcome:
-    """What four passes gave: logits, loads, tokens that missed an expert, caches, operations."""
+    """What four passes gave: logits, loads, tokens that missed an expert, caches, operations, passes made at once."""
     with three_ranks(directory, missing_expert) as (cluster, ranks):
         prepare(ranks)
         logits = cluster.run(lambda group: ranks[group.rank].passes(4))
@@ -125,6 +136,7 @@ def outcome(directory: Path, prepare: Callable[[list[Rank]], None], missing_expe
             [rank.missed for rank in ranks],
             [rank.cache for rank in ranks],
             [rank.exchange.num_operations for rank in ranks],
+            [rank.num_at_once for rank in ranks],
         )
 
 
@@ -144,6 +156,7 @@ def test_a_pass_at_once_is_the_same_in_every_respect(tmp_path: Path, late: str, 
 
     got = outcome(tmp_path / "at-once", prepare, missing_expert)
     wanted = outcome(tmp_path / "by-layer", all_layer_by_layer, missing_expert)
+    assert got[5] == ([4, 4, 4] if late == "nobody" else [4, 0, 4]) and wanted[5] == [0, 0, 0]
     for rank in RANKS:
         for mine, theirs in zip(got[0][rank], wanted[0][rank], strict=True):
             assert torch.equal(mine, theirs)
