@@ -43,7 +43,10 @@ class LoopSocket(zmq.Socket[Any]):
         return self._taken.popleft()
 
     def send_now(self, parts: list[bytes | memoryview], copy: bool) -> bool:
-        """False when there is no room, or nobody to send it to yet."""
+        """False when there is no room, or nobody to send it to yet, or no more: a thread that is about to end may have
+        handed over its words after the socket was closed."""
+        if self.closed:
+            return False
         try:
             self.send_multipart(parts, zmq.DONTWAIT, copy)
         except zmq.Again:

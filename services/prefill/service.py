@@ -80,25 +80,32 @@ class PrefillService:
             self._on_monitor_message,
             network=self._network,
         )
-        # One thread: batches follow each other, and the end of the process waits for the one that runs.
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="model") as executor:
-            tasks: list[asyncio.Future[Any]] = [
-                asyncio.ensure_future(work)
-                for work in (
-                    stop.wait(),
-                    self._client.run(),
-                    self._receive_from_bus(),
-                    self._prefill(executor),
-                    self._endpoint.watch_strangers(),
-                )
-            ]
-            try:
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                results = await asyncio.gather(*tasks, return_exceptions=True)
-                context.destroy(linger=0)  # closes all sockets
+        try:
+            # One thread: batches follow each other, and the end of the process waits for the one that runs.
+            with ThreadPoolExecutor(max_workers=1, thread_name_prefix="model") as executor:
+                await self._run_until(stop, executor)
+        finally:
+            await asyncio.sleep(0)  # what the thread has handed to the loop meanwhile still finds its sockets
+            context.destroy(linger=0)  # closes all sockets
+
+    async def _run_until(self, stop: asyncio.Event, executor: ThreadPoolExecutor) -> None:
+        """Returns after ``stop``; raises what ended any of the tasks."""
+        tasks: list[asyncio.Future[Any]] = [
+            asyncio.ensure_future(work)
+            for work in (
+                stop.wait(),
+                self._client.run(),
+                self._receive_from_bus(),
+                self._prefill(executor),
+                self._endpoint.watch_strangers(),
+            )
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
         for result in results:
             if isinstance(result, Exception):
                 raise result

@@ -3,14 +3,17 @@
 import asyncio
 import os
 import random
+import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq.asyncio
 
-from common.config import ClusterConfig, ModelConfig
+from common.config import ClusterConfig, ModelConfig, PrefillConfig
 from common.ids import Epoch, Incarnation, ProcessId, Rank, RequestId
 from common.messages import (
     Abort,
@@ -39,6 +42,8 @@ from common.placement import initial_placement, num_local_experts
 from common.process_args import parse_process_args
 from common.transport import Endpoint, Link
 from services.decode.service import DecodeService
+from services.prefill.prefill_engine import Piece, PrefillEngine
+from services.prefill.prefill_queue import Chunk
 from services.prefill.service import PrefillService
 from tests.services.decode_group import Reference, Request, tiny_config
 
@@ -223,6 +228,50 @@ async def test_a_broken_checkpoint_ends_the_services_with_one_line(tmp_path: Pat
     for error in done:
         assert isinstance(error, ValueError) and str(tmp_path / "nothing") in str(error)
         assert "\n" not in str(error)
+
+
+async def test_pieces_computed_while_the_worker_ends_are_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of the worker waits for its thread, whose last pieces then wait in the loop."""
+    started, leaving, late_pieces = threading.Event(), threading.Event(), []
+    errors: list[dict[str, object]] = []
+    compute, push = PrefillEngine.compute, PrefillService._push
+
+    def compute_late(engine: PrefillEngine, batch: list[Chunk], push: Callable[[Piece], None]) -> object:
+        started.set()
+        leaving.wait(30)
+        time.sleep(0.2)  # by then the loop waits for this thread to end
+        return compute(engine, batch, push)
+
+    def note_late(service: PrefillService, piece: Piece) -> None:
+        late_pieces.append(leaving.is_set())
+        push(service, piece)
+
+    monkeypatch.setattr(PrefillEngine, "compute", compute_late)
+    monkeypatch.setattr(PrefillService, "_push", note_late)
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+    request = Request("r", tuple(range(40, 70)), max_tokens=20)
+    config = msgspec.structs.replace(tiny_config(NUM_RANKS), prefill=PrefillConfig(chunk_tokens=16))
+    async with cluster(tmp_path, config) as (made, _):
+        member, worker = (await formed(made)).members[1], made.of_kind("prefill")[0]
+        made.link(worker.endpoint).send(
+            Prefill(
+                RequestId(request.name),
+                1,
+                ROUTER,
+                request.prompt,
+                (),
+                request.sampling,
+                member.rank,
+                member.incarnation,
+                member.endpoint,
+            )
+        )
+        await until(started.is_set)
+        leaving.set()
+    assert late_pieces and all(late_pieces)
+    assert not errors
 
 
 async def test_a_missing_heap_directory_is_named(tmp_path: Path) -> None:

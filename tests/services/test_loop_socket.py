@@ -86,3 +86,14 @@ async def test_what_nobody_can_take_is_dropped_and_counted(pair: tuple[Endpoint,
     link._socket.disconnect(link.address)
     link.send(Wake(Epoch(1)))
     assert link.num_dropped == 1
+
+
+async def test_what_is_sent_after_the_end_is_dropped_and_counted() -> None:
+    """Threads of a process that ends hand words to the loop until they have ended themselves."""
+    context = open_context(None)
+    endpoint = Endpoint(context)
+    link = Link(context, ProcessId("a"), endpoint.address("127.0.0.1"))
+    context.destroy(linger=0)
+    link.send(Wake(Epoch(1)))
+    endpoint.send(ProcessId("a"), Wake(Epoch(1)))
+    assert (link.num_dropped, endpoint.num_dropped) == (1, 1)
