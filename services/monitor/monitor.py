@@ -203,7 +203,7 @@ class Monitor:
             self.membership.on_tick(now)
             if overdue := self.migration.on_tick(now):
                 self.removals.publish_same_members(overdue, now)
-            self._check_rivals(now)
+            self._check_rivals()
             self.table.forget_silent({slot.process for slot in self.slots.slots}, now)
         return self._settle(now)
 
@@ -281,12 +281,15 @@ class Monitor:
         self._outbox.exit(f"a monitor of term {term} has taken over; this one has term {self.counter.term}")
         return True
 
-    def _check_rivals(self, now: float) -> None:
-        """A process that follows this very term but never greets follows another monitor of it."""
-        for process, (beat, since) in self.table.strangers.items():
-            patience_s = self.config.monitor.heartbeat_timeout_s
-            if beat.term == self.counter.term and self._clock.elapsed(since, now) > patience_s:
-                self._outbox.exit(f"{process} follows another monitor of term {beat.term}")
+    def _check_rivals(self) -> None:
+        """A process that follows this very term but never greets follows another monitor of it. It must have sent
+        heartbeats of it for so long: one that was stopped or cut off when it had just heard of the term, before its
+        Hello, sends none meanwhile, and greets as soon as it goes on."""
+        times = self.config.monitor
+        for process, stranger in self.table.strangers.items():
+            term, patience_s = stranger.beat.term, stranger.num_beats * times.heartbeat_s
+            if term == self.counter.term and patience_s > times.heartbeat_timeout_s:
+                self._outbox.exit(f"{process} follows another monitor of term {term}")
 
     def _on_phase(self, now: float) -> None:
         term = self.counter.term

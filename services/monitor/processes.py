@@ -39,6 +39,18 @@ class Child:
     pid: int
 
 
+@dataclass(frozen=True, slots=True)
+class Stranger:
+    """A process that has sent heartbeats, the first at ``since``, and no Hello. ``num_beats``: of the present term."""
+
+    beat: Heartbeat
+    since: float
+    num_beats: int = 1
+
+    def on_heartbeat(self, beat: Heartbeat) -> "Stranger":
+        return Stranger(beat, self.since, self.num_beats + 1 if beat.term == self.beat.term else 1)
+
+
 class ProcessTable:
     def __init__(self, clock: TickClock, lifelines: Lifelines, heartbeat_timeout_s: float) -> None:
         self._clock, self._lifelines, self._timeout_s = clock, lifelines, heartbeat_timeout_s
@@ -46,7 +58,7 @@ class ProcessTable:
         self._num_arrived = 0
         self.children: dict[ProcessId, Child] = {}
         self.gone: OrderedDict[ProcessId, str] = OrderedDict()  # known to be gone, and how that is known
-        self.strangers: dict[ProcessId, tuple[Heartbeat, float]] = {}  # heartbeat, but no Hello yet; since when
+        self.strangers: dict[ProcessId, Stranger] = {}
         self._agents_of_unheard: dict[ProcessId, str] = {}  # names, of members that a predecessor left
 
     def on_hello(self, hello: Hello, now: float) -> tuple[Process, str]:
@@ -58,7 +70,7 @@ class ProcessTable:
             kind = "restarted" if hello.name in known else "new"
             stranger = self.strangers.pop(hello.process, None)
             beat = (
-                stranger[0] if stranger else Heartbeat(hello.process, hello.rank, hello.incarnation, state="starting")
+                stranger.beat if stranger else Heartbeat(hello.process, hello.rank, hello.incarnation, state="starting")
             )
             self._num_arrived += 1
             process = self._processes[hello.process] = Process(hello, self._num_arrived, now, beat)
@@ -73,7 +85,8 @@ class ProcessTable:
         """None: this process has not said Hello to this monitor."""
         process = self._processes.get(beat.process)
         if process is None:
-            self.strangers[beat.process] = (beat, self.strangers.get(beat.process, (beat, now))[1])
+            stranger = self.strangers.get(beat.process)
+            self.strangers[beat.process] = stranger.on_heartbeat(beat) if stranger else Stranger(beat, now)
             return None
         process.beat, process.heard_at = beat, now
         return process
@@ -170,9 +183,9 @@ class ProcessTable:
             if process.id not in keep and self.silence_s(process, now) > _FORGET_S:
                 del self._processes[process.id]
                 self._lifelines.forget(process.id)
-        for stranger, (_, since) in list(self.strangers.items()):
-            if self._clock.elapsed(since, now) > _FORGET_S:
-                del self.strangers[stranger]
+        for id, stranger in list(self.strangers.items()):
+            if self._clock.elapsed(stranger.since, now) > _FORGET_S:
+                del self.strangers[id]
 
 
 def claims(process: Process, rank: Rank, incarnation: Incarnation) -> bool:

@@ -164,6 +164,26 @@ def test_a_process_that_follows_another_monitor_of_this_term_ends_it() -> None:
     assert "another monitor of term 1024" in driver.exits[0]
 
 
+def test_who_was_stopped_or_cut_off_before_it_could_greet_follows_no_other_monitor() -> None:
+    """Stopped: it had heard of the term, and when it goes on heartbeats come before its Hello. Cut off: what it sends
+    arrives, with an old term; it hears of the new one much later."""
+    driver = Driver()
+    driver.form()
+    stopped = Puppet(ProcessId("router-8-x"), "router", "router-8", term=1024)
+    deaf = Puppet(ProcessId("router-9-x"), "router", "router-9", term=512)
+    driver.puppets |= {stopped.process: stopped, deaf.process: deaf}
+    driver.advance(0.2)
+    stopped.is_beating = False
+    driver.advance(6.0)
+    stopped.is_beating, deaf.term = True, 1024
+    driver.advance(0.5)
+    assert driver.exits == []
+    driver.hello(stopped)
+    driver.hello(deaf)
+    driver.advance(4.0)
+    assert driver.exits == []
+
+
 def test_another_model_in_the_running_group_is_refused() -> None:
     driver = Driver()
     driver.form()
