@@ -39,7 +39,7 @@ _COUNTED = (
     "degraded",
     "join_paused",
 )
-_LATE_S = 0.6  # processes lose the processor for as long as 0.3
+_LATE_S = 0.6  # the pauses of a process apart; it may have been in one of up to 0.3 when its tokens became due
 # By its own word, or of a process that the new monitor cannot know.
 _NO_BLAME = ("left its slot", "not in the group by its own word")
 
@@ -71,9 +71,8 @@ class Checker:
         self.sizes: dict[str, set[int]] = {}  # that were ever asked for, of the kinds whose number an agent keeps
         self._roll_call: tuple[int, tuple[ProcessId, ...]] | None = None  # epoch, who was called
         self._answered: dict[ProcessId, int] = {}  # epoch of the last answer or report
-        self._kept_back: dict[
-            ProcessId, tuple[float, float]
-        ] = {}  # news that were due: when, and since when it is known
+        # News that were due: when, since when it is known, and how long the process had paused by then.
+        self._kept_back: dict[ProcessId, tuple[float, float, float]] = {}
 
     # Requests.
 
@@ -163,10 +162,10 @@ class Checker:
         if due_at > now or stands_still:
             self._kept_back.pop(node.process, None)
             return
-        same, since = self._kept_back.setdefault(node.process, (due_at, now))
+        same, since, paused_s = self._kept_back.setdefault(node.process, (due_at, now, node.task.paused_s))
         if same != due_at:
-            self._kept_back[node.process] = (due_at, now)
-        elif now - max(since, node.stopped_until) > _LATE_S:
+            self._kept_back[node.process] = (due_at, now, node.task.paused_s)
+        elif now - max(since, node.stopped_until) - (node.task.paused_s - paused_s) > _LATE_S:
             raise Bad(f"{node.process} has kept tokens back since {due_at:.3f}")
 
     def on_epoch(self, observer: str, epoch: int) -> None:

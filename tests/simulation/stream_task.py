@@ -28,6 +28,7 @@ class StreamTask:
         self._turn = 0  # numbers the waits, so that an old wake-up does not end a new wait
         self._awaits_memory = self._is_woken = False
         self.is_hung, self.slowness = False, 1.0
+        self.paused_s = 0.0  # in all pauses between stores so far, and the one that it is in
         self.steps_to_live: int | None = None
         self.steps_to_stop: tuple[int, float] | None = None
 
@@ -76,6 +77,7 @@ class StreamTask:
                 self.wait(0.0)
                 return
         if (pause_s := self._pace.pause_s()) > 0:
+            self.paused_s += pause_s
             self.wait(pause_s)
 
     def _continue(self, turn: int) -> None:
