@@ -45,6 +45,11 @@ class HeartbeatThread:
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
+        # Terminated: the process is on its way out, and could not wait for this thread.
+        with contextlib.suppress(zmq.ContextTerminated):
+            self._beat_until_stopped()
+
+    def _beat_until_stopped(self) -> None:
         socket = self._context.socket(zmq.DEALER)
         socket.linger = 0
         socket.sndhwm = 4  # a monitor that is away must not find minutes of old heartbeats

@@ -62,7 +62,7 @@ class DecodeService:
         ended: asyncio.Future[BaseException | None] = loop.create_future()
         network = NetworkCut()
         with for_the_operator():
-            context = open_context(self._args.monitor_address.key)
+            context = self._context = open_context(self._args.monitor_address.key)
             self._endpoint = Endpoint(context, self._args.port, interface_for(self._args.host), network)
         self._publisher = BusPublisher(context, self._args.monitor_address, network)
         self._subscriber = BusSubscriber(context, self._args.monitor_address, ("view",), network)
@@ -164,6 +164,8 @@ class DecodeService:
         return status.heartbeat(self._process, self._client.term, stream.progress, stream.waits_for, counters)
 
     def _send_all(self, out: Iterable[Action | ExpertLoad]) -> None:
+        if self._context.closed:
+            return  # the stream has outlived all patience with it
         for action in out:
             match action:
                 case actions.Send(peer=peer, message=message):

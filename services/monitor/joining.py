@@ -133,17 +133,17 @@ class Joining:
         return overdue
 
     def on_heartbeat(self, process: Process, now: float) -> None:
-        """Clears a dropped newcomer at once; repeats a Welcome that was lost, of one that got a slot or lost it."""
+        """Clears a dropped newcomer at once; repeats a Welcome that was lost, of one that got a slot, or lost it to a
+        mask before it was in a view."""
         dropped = self._dropped.get(process.id)
         if dropped is not None and process.beat.out_of >= dropped[0]:
             del self._dropped[process.id]
         slot = self._slots.of_process(process.id)
-        if (
-            slot is not None
-            and slot.state is SlotState.HELD
-            and not slot.seen
-            and now - process.welcomed_at > _WELCOME_AGAIN_S
-        ):
+        if slot is None or now - process.welcomed_at <= _WELCOME_AGAIN_S:
+            return
+        is_new = slot.state is SlotState.HELD and not slot.seen
+        is_still_joining = process.beat.rank == slot.rank and not process.beat.epoch
+        if is_new or (slot.state is SlotState.MASKED and is_still_joining):
             self.to_welcome.append(process.id)
 
     def _end_late_join(self, now: float) -> None:
@@ -190,8 +190,14 @@ class Joining:
     # Slots.
 
     def unmask(self, slot: Slot, now: float) -> None:
-        self._unmasked.add(slot.process)
-        self._give_masked_back(now)
+        """Nothing to do for who is in: a permission that stays would undo the next mask."""
+        if slot.state is SlotState.MASKED:
+            self._unmasked.add(slot.process)
+            self._give_masked_back(now)
+
+    def withdraw_unmask(self, process: ProcessId) -> None:
+        """It has not been given its slot back yet, and is not to get it."""
+        self._unmasked.discard(process)
 
     def _give_masked_back(self, now: float) -> None:
         """After a take-over a masked rank is bound to whatever number was free, so the last holder of that one may

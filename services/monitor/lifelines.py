@@ -35,6 +35,9 @@ class Lifelines:
         if not connections:
             self._open.pop(process, None)
 
+    def is_open(self, process: ProcessId) -> bool:
+        return process in self._open
+
     def forget(self, process: ProcessId) -> None:
         self._open.pop(process, None)
         self._closed_at.pop(process, None)

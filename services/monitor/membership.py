@@ -229,12 +229,15 @@ class Membership:
 
     def drain(self, rank: Rank, cause: str, now: float) -> None:
         """Out of the group as when masked, but emptied of experts first."""
-        self._emptying.drained[self._slots.slots[rank].process] = cause
+        process = self._slots.slots[rank].process
+        self._joining.withdraw_unmask(process)
+        self._emptying.drained[process] = cause
         self.shrink(now)
 
     def mask(self, rank: Rank, cause: str, now: float) -> None:
-        slot = self._slots.slots[rank]
-        self._removals.remove([Removal(slot.process, cause, now, Fate.MASK)], now)
+        process = self._slots.slots[rank].process
+        self._joining.withdraw_unmask(process)
+        self._removals.remove([Removal(process, cause, now, Fate.MASK)], now)
 
     def unmask(self, rank: Rank, now: float) -> None:
         self._emptying.drained.pop(self._slots.slots[rank].process, None)

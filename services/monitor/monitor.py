@@ -266,7 +266,9 @@ class Monitor:
             self._on_gone(done.process, done.proof, now)
 
     def _note_given_up(self, process: Process, now: float) -> None:
-        num_given_up = process.beat.counters.get("given_up", 0) if process.hello.kind == "agent" else 0
+        if process.hello.kind != "agent":
+            return
+        num_given_up = process.beat.counters.get("given_up", 0)
         if num_given_up > self._given_up.get(process.id, 0):
             text = f"agent {process.hello.name} no longer restarts {num_given_up} of its processes: they died too often"
             self._outbox.emit("gave_up", now, epoch=self.group.epoch, name=process.hello.name, text=text)
@@ -282,14 +284,11 @@ class Monitor:
         return True
 
     def _check_rivals(self) -> None:
-        """A process that follows this very term but never greets follows another monitor of it. It must have sent
-        heartbeats of it for so long: one that was stopped or cut off when it had just heard of the term, before its
-        Hello, sends none meanwhile, and greets as soon as it goes on."""
-        times = self.config.monitor
+        """A process that follows this very term but never greets follows another monitor of it."""
         for process, stranger in self.table.strangers.items():
-            term, patience_s = stranger.beat.term, stranger.num_beats * times.heartbeat_s
-            if term == self.counter.term and patience_s > times.heartbeat_timeout_s:
-                self._outbox.exit(f"{process} follows another monitor of term {term}")
+            is_sure = stranger.followed_s > self.config.monitor.heartbeat_timeout_s
+            if is_sure and stranger.beat.term == self.counter.term:
+                self._outbox.exit(f"{process} follows another monitor of term {stranger.beat.term}")
 
     def _on_phase(self, now: float) -> None:
         term = self.counter.term

@@ -41,14 +41,20 @@ class Child:
 
 @dataclass(frozen=True, slots=True)
 class Stranger:
-    """A process that has sent heartbeats, the first at ``since``, and no Hello. ``num_beats``: of the present term."""
+    """A process that has sent heartbeats, the first at ``since``, and no Hello.
+
+    ``followed_s``: how long it has been heard to follow its present term. Gaps, in which one side may have been stopped
+    or cut off, hardly count, and heartbeats that have piled up meanwhile do not.
+    """
 
     beat: Heartbeat
     since: float
-    num_beats: int = 1
+    heard_at: float
+    followed_s: float = 0.0
 
-    def on_heartbeat(self, beat: Heartbeat) -> "Stranger":
-        return Stranger(beat, self.since, self.num_beats + 1 if beat.term == self.beat.term else 1)
+    def on_heartbeat(self, beat: Heartbeat, most_s: float, now: float) -> "Stranger":
+        followed_s = self.followed_s + min(now - self.heard_at, most_s) if beat.term == self.beat.term else 0.0
+        return Stranger(beat, self.since, now, followed_s)
 
 
 class ProcessTable:
@@ -86,7 +92,10 @@ class ProcessTable:
         process = self._processes.get(beat.process)
         if process is None:
             stranger = self.strangers.get(beat.process)
-            self.strangers[beat.process] = stranger.on_heartbeat(beat) if stranger else Stranger(beat, now)
+            most_s = self._timeout_s / 10
+            self.strangers[beat.process] = (
+                stranger.on_heartbeat(beat, most_s, now) if stranger else Stranger(beat, now, now)
+            )
             return None
         process.beat, process.heard_at = beat, now
         return process
@@ -161,16 +170,19 @@ class ProcessTable:
         return None
 
     def lost_for_good(self, now: float) -> list[ProcessId]:
-        """Processes that nobody will report as reaped: their agent is a new one that does not know them, or there is
-        none, and the kernel has closed their lifeline long since."""
+        """Silent processes that nobody will report as reaped: their agent is a new one that did not find them, or there
+        is none and the kernel has closed their lifeline long since."""
         lost = []
         for process in self._processes.values():
-            if not self._lifelines.is_cut_for(process.id, self._timeout_s, now):
+            if process.id in self.children or self.silence_s(process, now) <= self._timeout_s:
                 continue
-            if process.id not in self.children and self.silence_s(process, now) > self._timeout_s:
-                agent = self.agent_of(process.id, now)
-                if agent is None or self._agent_disowns(agent[0], process):
-                    lost.append(process.id)
+            agent = self.agent_of(process.id, now)
+            if agent is None:
+                is_lost = self._lifelines.is_cut_for(process.id, self._timeout_s, now)
+            else:
+                is_lost = not self._lifelines.is_open(process.id) and self._agent_disowns(agent[0], process)
+            if is_lost:
+                lost.append(process.id)
         return lost
 
     def _agent_disowns(self, agent: ProcessId, process: Process) -> bool:
@@ -183,6 +195,8 @@ class ProcessTable:
             if process.id not in keep and self.silence_s(process, now) > _FORGET_S:
                 del self._processes[process.id]
                 self._lifelines.forget(process.id)
+                # Nobody is left who could tell what became of them.
+                self.children = {key: child for key, child in self.children.items() if child.agent != process.id}
         for id, stranger in list(self.strangers.items()):
             if self._clock.elapsed(stranger.since, now) > _FORGET_S:
                 del self.strangers[id]

@@ -26,6 +26,7 @@ class ClusterLinks:
         self._tasks, self._on_message = tasks, on_message
         self._links: dict[ProcessId, tuple[Link, asyncio.Task[None]]] = {}
         self._num_malformed = 0  # over links that are closed
+        self._is_cancelled = False
 
     @property
     def num_malformed(self) -> int:
@@ -33,7 +34,10 @@ class ClusterLinks:
         return self._num_malformed + sum(link.num_malformed for link, _ in self._links.values())
 
     def open(self, addresses: Mapping[ProcessId, str]) -> None:
-        """Those of ``addresses`` that are not open."""
+        """Those of ``addresses`` that are not open. None after `cancel`: the monitor's last words may come later, and
+        nobody would end these tasks."""
+        if self._is_cancelled:
+            return
         for process, address in addresses.items():
             if process not in self._links:
                 link = Link(self._context, self._process, address, self._network)
@@ -53,6 +57,7 @@ class ClusterLinks:
 
     def cancel(self) -> None:
         """Ends the tasks; the sockets are closed with their context."""
+        self._is_cancelled = True
         for _, task in self._links.values():
             task.cancel()
 

@@ -57,9 +57,10 @@ class SharedPort:
                 return True
         return False
 
-    async def wait_for_others(self, within_s: float) -> bool:
+    async def wait_for_others(self, within_s: float, stop: asyncio.Event) -> bool:
+        """Until another process listens too, or ``stop``. False: neither in time."""
         for _ in range(round(within_s / _LOOK_AGAIN_S)):
-            if self.has_others():
+            if self.has_others() or stop.is_set():
                 return True
             await asyncio.sleep(_LOOK_AGAIN_S)
         return False

@@ -119,7 +119,7 @@ class Router:
                     await port.open(runner)
                     log.info("listening on port %d", port.number)
                     await first_of(stop, retired)
-                    if not stop.is_set() and not await port.wait_for_others(SUCCESSOR_S):
+                    if not stop.is_set() and not await port.wait_for_others(SUCCESSOR_S, stop):
                         log.warning("no other router listens on port %d", port.number)
                 await self._leave(port)
                 for task in tasks:

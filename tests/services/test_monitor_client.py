@@ -161,3 +161,26 @@ async def test_the_lifeline_names_the_process_and_closes_with_it() -> None:
     await listening.wait_closed()
     endpoint.close()
     context.destroy(linger=0)
+
+
+async def test_a_client_that_is_cancelled_while_it_ends_leaves_no_error_of_its_thread() -> None:
+    """The heartbeat thread is not waited for then, and the context ends under it."""
+    context = zmq.asyncio.Context()
+    client = MonitorClient(
+        context,
+        PROCESS,
+        MonitorAddress("127.0.0.1", 1),
+        lambda: HELLO,
+        lambda: Heartbeat(PROCESS),
+        lambda message: None,
+        heartbeat_s=0.4,
+    )
+    run = asyncio.create_task(client.run())
+    await asyncio.sleep(0.1)
+    run.cancel()
+    await asyncio.sleep(0.02)
+    assert not run.done(), "it waits for the thread"
+    run.cancel()
+    await asyncio.gather(run, return_exceptions=True)
+    context.destroy(linger=0)
+    await asyncio.to_thread(client._heartbeats._thread.join, 10)

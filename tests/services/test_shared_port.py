@@ -45,7 +45,7 @@ async def test_no_connection_is_lost_when_one_of_two_leaves() -> None:
         await old.open(old_runner)
         assert not old.has_others()
         await new.open(new_runner)
-        assert await old.wait_for_others(PATIENCE_S) and new.has_others()
+        assert await old.wait_for_others(PATIENCE_S, asyncio.Event()) and new.has_others()
         leaving, answers = asyncio.create_task(old.leave(0.2)), set()
         while not leaving.done():
             # Some of these knock at the old socket while it takes no more: their second try reaches the new one.

@@ -164,6 +164,38 @@ def test_a_process_that_follows_another_monitor_of_this_term_ends_it() -> None:
     assert "another monitor of term 1024" in driver.exits[0]
 
 
+def test_heartbeats_that_have_piled_up_prove_no_other_monitor() -> None:
+    driver = Driver()
+    driver.form()
+    cut_off = Puppet(ProcessId("router-8-x"), "router", "router-8", term=1024, is_beating=False)
+    driver.puppets[cut_off.process] = cut_off
+    driver.beat(cut_off)
+    driver.advance(10.0)
+    for _ in range(100):
+        driver.beat(cut_off)
+    driver.advance(0.1)
+    assert driver.exits == []
+
+
+def test_a_listed_child_whose_agent_has_vanished_keeps_nobody_out_for_ever() -> None:
+    driver = Driver()
+    puppets = driver.form(4)
+    other = driver.enter("agent", "agent-1")
+    ghost = Puppet(ProcessId("decode-9-x"), "decode", "decode-9", agent="agent-1")
+    _restart(driver)
+    driver.advance(1.2)
+    for puppet in list(driver.puppets.values()):
+        puppet.term = driver.monitor.counter.term
+        driver.hello(puppet, children=(ghost,) if puppet is other else ())
+    driver.advance(4.0)
+    other.is_beating = False
+    driver.exited(puppets[1])
+    driver.advance(30.0)
+    assert driver.ranks == [0, 2], "decode-9 might hold the vacant slot"
+    driver.advance(40.0)
+    assert driver.ranks == [0, 1, 2]
+
+
 def test_who_was_stopped_or_cut_off_before_it_could_greet_follows_no_other_monitor() -> None:
     """Stopped: it had heard of the term, and when it goes on heartbeats come before its Hello. Cut off: what it sends
     arrives, with an old term; it hears of the new one much later."""
