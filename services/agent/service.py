@@ -135,6 +135,10 @@ class AgentService:
             log.info("takes over %s, pid %d", found.name, found.pid)
             self.supervisor.on_spawned(found.name, found.process, found.pid, time.monotonic())
             self._watch(found.name, pidfd)
+            if found.kind == "monitor":
+                # A former life may have stopped it for a time, and nobody else would ever continue it: orders come from
+                # the monitor.
+                send_signal(pidfd, signal.SIGCONT)
 
     def _read_wanted(self, names: Sequence[str]) -> dict[str, int]:
         """How many children of each kind there should be: as the last life of this agent was told, else as started."""

@@ -13,7 +13,8 @@ A death soon after the start doubles the time until the next start; a life of `S
 is given up after too many deaths in the window, however long its lives are (a large model, or a busy machine, takes
 longer than `STABLE_S` to start it), or when it says twice in a row, by exit code 2, that an operator must change
 something. A death that was asked for through the agent (a fault, a fence) is nobody's failure and counts for nothing.
-When a kind without which nothing is served has been given up altogether, the agent fails as a whole.
+When a kind without which nothing is served has been given up altogether, the agent fails as a whole, also when a
+router that was to be replaced has left before its successor, which was given up.
 
 The stop goes by phases: routers first, which finish their streams, while everything they need is still there; the
 monitor last.
@@ -218,7 +219,8 @@ class Supervisor:
             return self._advance_stop(now)
         if child.state is ChildState.STOPPING:
             del self._children[name]
-            return []
+            heirs = [other for other in self._children.values() if other.kind == child.kind]
+            return [GiveUp(heirs[0].name, "given up", True)] if heirs and self._all_given_up(child.kind) else []
         if self._gives_up(child, reason, now):
             return [self._give_up(child, reason, now)]
         if child.state is ChildState.RUNNING:
@@ -231,10 +233,11 @@ class Supervisor:
 
     def _gives_up(self, child: Child, reason: str, now: float) -> bool:
         agent = self._config.agent
-        if child.death_was_asked_for:
-            return False
         if child.state is ChildState.RUNNING and now - child.started >= STABLE_S:
             child.num_quick_deaths = child.num_operator_errors = 0
+        if child.death_was_asked_for:
+            child.death_was_asked_for = False  # of this life: the next one may not even start
+            return False
         child.num_operator_errors = child.num_operator_errors + 1 if reason == OPERATOR_MUST_ACT else 0
         child.num_quick_deaths += 1
         child.deaths.append(now)
@@ -244,10 +247,13 @@ class Supervisor:
 
     def _give_up(self, child: Child, reason: str, now: float) -> GiveUp:
         child.machine.move(ChildState.GIVEN_UP, now, reason)
-        siblings = [other for other in self._children.values() if other.kind == child.kind]
-        all_given_up = all(other.state is ChildState.GIVEN_UP for other in siblings)
         times = f"{len(child.deaths)} deaths" if len(child.deaths) > 1 else "1 death"
-        return GiveUp(child.name, f"{reason} ({times})", all_given_up and child.kind in ESSENTIAL_KINDS)
+        return GiveUp(child.name, f"{reason} ({times})", self._all_given_up(child.kind))
+
+    def _all_given_up(self, kind: str) -> bool:
+        """Nobody is left of a kind without which nothing is served."""
+        of_kind = [child for child in self._children.values() if child.kind == kind]
+        return kind in ESSENTIAL_KINDS and all(child.state is ChildState.GIVEN_UP for child in of_kind)
 
     def on_tick(self, now: float) -> list[Action]:
         actions: list[Action] = [Kill(child.name, "KILL") for child in self.alive if self._is_overdue(child, now)]

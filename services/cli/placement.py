@@ -53,6 +53,14 @@ class MonitorTalk:
             return decode(self._socket.recv_multipart()[-1])
         return None
 
+    def refusal(self, within_s: float) -> str:
+        """What the monitor says against the last plan; waits all the time, in which the experts may move."""
+        reason, until = "", time.monotonic() + within_s
+        while (left_s := until - time.monotonic()) > 0:
+            if isinstance(message := self.receive(left_s), Refusal):
+                reason = message.reason
+        return reason
+
     def view(self) -> View:
         """The one in force. Raises OperatorError when there is none, or nobody answers."""
         deadline = time.monotonic() + _ANSWER_S
@@ -133,9 +141,8 @@ def import_placement(run_dir: Path, file: Path, deadline_s: float) -> int:
                 print(f"done: placement {view.placement.version} is in force" if reached else "failed: no way there")
                 return 0 if reached else 1
             talk.send(talk.plan(view, step))
-            if isinstance(answer := talk.receive(_AGAIN_S), Refusal):
-                refusal = answer.reason
-    print(f"failed: not in force within {deadline_s:.0f} s; {refusal}")
+            refusal = talk.refusal(_AGAIN_S)
+    print(f"failed: not in force within {deadline_s:.0f} s{refusal and f': {refusal}'}")
     return 1
 
 

@@ -222,6 +222,7 @@ class _Cluster:
         if len(self._deaths) >= _MAX_AGENT_DEATHS:
             raise ClusterFailed(f"the agent ended {len(self._deaths)} times; see {self._directory.agent_log}")
         time.sleep(_AGENT_RESTART_S)
+        self._directory.heap_dir.mkdir(mode=0o700, exist_ok=True)  # an agent that ends in order removes it
         return self._start_agent()
 
     def _stop(self, agent: "subprocess.Popen[bytes]") -> None:

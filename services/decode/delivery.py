@@ -84,6 +84,7 @@ class Delivery:
 
     def on_message(self, peer: ProcessId, message: Message, frames: Frames, now: float) -> list[Send]:
         """Any message of a router or a prefill worker, and the directory; others are none of this class's business."""
+        self._routers.on_word(peer)
         match message:
             case Directory():
                 self._routers.on_directory(message)

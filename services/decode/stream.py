@@ -188,16 +188,15 @@ class Stream:
                 pass
 
     def _configure(self, config: ClusterConfig, directory: Directory) -> None:
-        """The first welcome's configuration holds for the life of the process."""
-        if self._rank is not None:
-            return
-        membership, pace, clock = self._membership, self._pace, self._clock
-        with for_the_operator():
-            self._rank = ConfiguredRank.of(
-                config, self._heap_dir, self._process, membership, pace, self._link_fault, self._tell_routers, clock
-            )
-        self._rank.delivery.on_message(self._process, directory, (), clock())
-        membership.loneliness.limit_s = config.decode.lonely_s
+        """The first welcome's configuration holds for the life of the process; its directory is as good as any."""
+        if self._rank is None:
+            membership, pace, clock = self._membership, self._pace, self._clock
+            with for_the_operator():
+                self._rank = ConfiguredRank.of(
+                    config, self._heap_dir, self._process, membership, pace, self._link_fault, self._tell_routers, clock
+                )
+            membership.loneliness.limit_s = config.decode.lonely_s
+        self._rank.delivery.on_message(self._process, directory, (), self._clock())
 
     def _inject(self, rank: ConfiguredRank, inject: Inject, now: float) -> None:
         """Between two rounds: what this rank has sent is whole, and it owes nothing."""

@@ -50,6 +50,6 @@ class Emptying:
         repaired = repair(present, staying, self._group.experts.num_logical_experts)
         step = next_step(present, repaired.physical_to_logical, ranks(view), self._migration.num_staging)
         if step is None:
-            return True  # also when there is no room for all: the view that follows says so
+            return True
         self._migration.move(step, "ranks that leave are emptied", now)
         return False

@@ -197,11 +197,16 @@ class Membership:
 
     def shrink(self, now: float) -> None:
         """Puts out who is too many, or drained, in one view, once others hold their experts. What is masked has left
-        already and only gives its number back."""
+        already and only gives its number back. Where a loss meanwhile has taken the room for all experts, a drain is
+        off, as it would be refused now, and who is too many waits until there is room."""
         leaving: list[Removal] = []
         outside: list[Removal] = []
         for removal in [*self._surplus(now), *self._drained(now)]:
             (leaving if self._group.member(removal.process) else outside).append(removal)
+        if leaving and len(self._group.members) - len(leaving) < max(1, self._group.experts.min_ranks):
+            for removal in leaving:
+                self._emptying.drained.pop(removal.process, None)
+            leaving = []
         undone = self._emptying.advance([removal.process for removal in leaving], now)
         if undone is not None:
             outside += [replace(removal, evidence=removal.evidence + undone) for removal in leaving]

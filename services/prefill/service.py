@@ -146,6 +146,7 @@ class PrefillService:
         while True:
             incoming = await self._endpoint.receive()
             answer: Message | None = None
+            queue.routers.on_word(incoming.peer)
             match incoming.message:
                 case Prefill() as prefill:
                     answer = queue.on_prefill(prefill)

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 from aiohttp import HttpVersion11, web
@@ -54,7 +54,7 @@ async def send_stream(
                 await response.write(data)
 
     # A write fails when the client is gone, that of the headers too, and times out when it has stopped reading.
-    with contextlib.suppress(ConnectionError, TimeoutError):
+    with contextlib.suppress(ConnectionError), _hanging_up(request):
         await response.prepare(request)
         try:
             deltas, last_words = first, b""
@@ -73,6 +73,16 @@ async def send_stream(
         async with asyncio.timeout(send_timeout_s):
             await response.write_eof(last_words + b"data: [DONE]\n\n")
     return response
+
+
+@contextlib.contextmanager
+def _hanging_up(request: web.Request) -> Iterator[None]:
+    """On a timeout: aiohttp would wait for the client to read the end, for ever."""
+    try:
+        yield
+    except TimeoutError:
+        if request.transport is not None:
+            request.transport.abort()
 
 
 def _direct_way(transport: asyncio.Transport, answer: Answer) -> Callable[[int, TextDelta], bool]:

@@ -43,6 +43,7 @@ from services.router.shown_metrics import ShownMetrics
 from services.router.text_stream import TextStream
 
 _TICK_S = 0.05
+_LATE_S = 0.5
 _ANY = "0.0.0.0"
 SUCCESSOR_S = 15.0  # a router that is replaced serves on until the next one listens
 _ACCEPT_S = 0.2  # for connections whose first packet came before the port was left: a few round trips
@@ -290,8 +291,11 @@ class Router:
 
     async def _tick(self) -> None:
         while True:
+            before = time.monotonic()
             await asyncio.sleep(_TICK_S)
             now = time.monotonic()
+            if now - before > _LATE_S:
+                continue  # this process was stopped: what has come meanwhile is heard before anybody is judged
             self._perform(self._table.on_tick(now), now)
             running = self._table.num_running
             self._counters = {"running": running, "waiting": len(self._table) - running}

@@ -1,11 +1,14 @@
 """Everything that is no decode rank, killed and stopped; a stop of all; and deaths that nobody is there to judge."""
 
 import asyncio
+import os
 import re
+import signal
+from pathlib import Path
 
 import pytest
 
-from common.process_table import state_of
+from common.process_table import processes_of, state_of
 from services.cli.chat_client import Stream
 from tests.cluster.fault_runs import (
     Row,
@@ -23,7 +26,7 @@ from tests.cluster.fault_runs import (
     until,
     whole,
 )
-from tests.cluster.harness import Cluster, stream_all, until_tokens
+from tests.cluster.harness import Cluster, stream_all, until_tokens, varied_bodies
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
 
@@ -127,3 +130,17 @@ async def test_everything_is_stopped_for_seconds(cluster: Cluster, expected: lis
     after = await whole(cluster)
     assert events(after, "removed", last_seq(before)) == [] and serving(after) == [0, 1, 2, 3]
     assert_same(await stream_all(cluster.url, [stream.body for stream in expected]), expected)
+
+
+async def test_an_agent_that_is_told_to_end_is_started_again(tmp_path: Path) -> None:
+    """It stops everything in order first, and removes what its next life needs."""
+    cluster = Cluster(tmp_path / "run", "--decode-ranks", "1", "--prefill-workers", "1").wait_ready()
+    try:
+        (old,) = [found for found in processes_of(cluster.run_dir) if found.name == "agent-0"]
+        os.kill(old.pid, signal.SIGTERM)
+        await until(lambda: state_of(old.pid) in ("", "Z"), "the agent gone")
+        await cluster.wait_status(lambda status: [rank["state"] for rank in status["ranks"]].count("serving") == 1)
+        streams = await stream_all(cluster.url, varied_bodies(2, 8))
+        assert [stream.finish for stream in streams] == ["length", "length"]
+    finally:
+        assert cluster.stop() == 0

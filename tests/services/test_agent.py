@@ -229,6 +229,23 @@ async def test_a_new_life_of_the_agent_takes_the_children_over(stage: _Stage) ->
     assert processes_of(stage.directory) == []
 
 
+async def test_a_monitor_that_was_stopped_for_a_time_goes_on_under_the_next_agent(stage: _Stage) -> None:
+    """Whose orders come from the monitor."""
+    first = stage.make_agent("monitor")
+    task = stage.start(first)
+    await stage.until_up(first, "monitor")
+    (child,) = processes_of(stage.directory)
+    stage.endpoint.send(AGENT, Signal("s", child.process, child.pid, "STOP", 60.0))
+    await until(lambda: state_of(child.pid) == "T")
+    task.cancel()  # as if killed
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    task = stage.start(stage.make_agent("monitor"))
+    await until(lambda: state_of(child.pid) == "S")
+    stage.stop.set()
+    await task
+
+
 async def test_children_lie_in_sessions_of_their_own_and_read_nothing(stage: _Stage) -> None:
     agent = stage.make_agent("decode-0")
     task = stage.start(agent)

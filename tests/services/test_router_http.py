@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -226,6 +227,16 @@ async def test_a_stream_that_gets_no_more_tokens_ends_with_an_error_event() -> N
             async for _ in stream:
                 pass
         await cluster.decodes[0].aborted.get()
+
+
+async def test_a_router_that_was_stopped_for_longer_than_the_deadline_fails_nobody() -> None:
+    """Tokens have come meanwhile; they are heard first."""
+    async with fake_cluster(num_decodes=1, request_deadline_s=1.0) as cluster, cluster.client() as client:
+        stream = await client.completions.create(model="tiny-random", prompt=PROMPT, max_tokens=60, stream=True)
+        chunks = [await anext(stream)]
+        time.sleep(1.5)  # noqa: ASYNC251  # the router is of this loop
+        chunks += [chunk async for chunk in stream]
+        assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == expected_text(KEY, 60)
 
 
 @pytest.mark.parametrize(

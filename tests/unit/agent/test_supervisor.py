@@ -5,28 +5,10 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.config import AgentConfig, ClusterConfig, RouterConfig
+from common.config import AgentConfig, ClusterConfig
 from common.ids import ProcessId
 from services.agent.supervisor import STABLE_S, Action, ChildState, GiveUp, Kill, Spawn, Supervisor
-
-CONFIG = ClusterConfig(
-    agent=AgentConfig(
-        restart_backoff_s=0.1, restart_backoff_max_s=5.0, give_up_after=4, give_up_window_s=60.0, stop_s=8.0
-    ),
-    router=RouterConfig(drain_s=10.0),
-)
-
-
-def make(*names: str) -> Supervisor:
-    return Supervisor(names, CONFIG, Random(1), now=0.0)
-
-
-def start(supervisor: Supervisor, now: float) -> list[str]:
-    """Does what a tick asks for; returns the names of the started."""
-    spawns = [action for action in supervisor.on_tick(now) if isinstance(action, Spawn)]
-    for number, spawn in enumerate(spawns):
-        supervisor.on_spawned(spawn.name, spawn.process, 1000 + number, now)
-    return [spawn.name for spawn in spawns]
+from tests.unit.agent.supervised import CONFIG, make, start
 
 
 def test_starts_everything_at_once_and_once() -> None:
@@ -140,6 +122,33 @@ def test_deaths_that_were_asked_for_count_for_nothing() -> None:
         supervisor.on_asked_to_kill(supervisor.children["decode-0"].process)
         assert supervisor.on_exit("decode-0", "signal KILL", now + 0.5) == []
         now += 0.61
+
+
+def test_a_death_that_was_asked_for_after_a_long_life_ends_the_backing_off_of_before() -> None:
+    supervisor = make("decode-0")
+    now = 0.0
+    for _ in range(3):
+        start(supervisor, now)
+        supervisor.on_exit("decode-0", "signal SEGV", now + 0.1)
+        now += 5.0
+    start(supervisor, now)
+    supervisor.on_asked_to_kill(supervisor.children["decode-0"].process)
+    now += STABLE_S
+    supervisor.on_exit("decode-0", "signal KILL", now)
+    assert start(supervisor, now + 0.11) == ["decode-0"]
+
+
+def test_an_asked_for_death_excuses_no_start_that_fails_after_it() -> None:
+    supervisor = make("decode-0")
+    start(supervisor, 0.0)
+    supervisor.on_asked_to_kill(supervisor.children["decode-0"].process)
+    assert supervisor.on_exit("decode-0", "signal KILL", 1.0) == []
+    given_up: list[Action] = []
+    for number in range(4):
+        now = 10.0 + 5.0 * number
+        assert len(supervisor.on_tick(now)) == 1
+        given_up = supervisor.on_exit("decode-0", "cannot start: no memory", now)
+    assert [type(action) for action in given_up] == [GiveUp]
 
 
 def test_a_child_that_cannot_be_started_backs_off_and_is_given_up() -> None:
@@ -289,43 +298,3 @@ def test_only_decode_ranks_and_prefill_workers_are_counted_and_never_none_of_the
     for kind, count in (("monitor", 2), ("router", 1), ("decode", 0), ("decode", 10_000)):
         assert supervisor.on_set_children(kind, count, everybody, 1.0) == []
     assert names(supervisor) == ["decode-0", "monitor"]
-
-
-def test_a_router_is_replaced_by_one_beside_it() -> None:
-    supervisor = make("monitor", "router-0", "router-1", "decode-0")
-    start(supervisor, 0.0)
-    old = supervisor.children["router-0"].process
-    assert supervisor.on_restart(old, 20.0) == [Kill("router-0", "USR1"), Kill("router-0", "CONT")]
-    assert supervisor.on_restart(old, 20.0) == [], "once"
-    assert start(supervisor, 20.0) == ["router-2"]
-    assert supervisor.num_wanted_children("router") == 2
-    assert supervisor.on_tick(52.0) == [], "it may wait for the successor, and then drain"
-    assert supervisor.on_tick(53.1) == [Kill("router-0", "KILL")]
-    assert supervisor.on_exit("router-0", "exit 0", 54.0) == []
-    assert start(supervisor, 60.0) == [] and sorted(supervisor.children)[-2:] == ["router-1", "router-2"]
-    assert supervisor.on_restart(supervisor.children["router-1"].process, 61.0)
-    assert start(supervisor, 61.0) == ["router-0"], "the lowest free number"
-
-
-def test_only_running_routers_are_replaced() -> None:
-    supervisor = make("monitor", "router-0", "decode-0")
-    assert supervisor.on_restart(supervisor.children["router-0"].process, 0.0) == []
-    start(supervisor, 0.0)
-    assert supervisor.on_restart(supervisor.children["decode-0"].process, 1.0) == []
-    assert supervisor.on_restart(ProcessId("router-0-unknown"), 1.0) == []
-    supervisor.on_stop(2.0)
-    assert supervisor.on_restart(supervisor.children["router-0"].process, 2.0) == []
-
-
-def test_routers_that_a_former_life_was_replacing_do_not_become_more() -> None:
-    supervisor = make("router-0", "router-1")
-    for number in (1, 2):  # router-2 had taken the place of router-0, which is gone
-        name = f"router-{number}"
-        if name not in supervisor.children:
-            supervisor.add(name, 0.0)
-        supervisor.on_spawned(name, ProcessId(f"{name}-a"), 1000 + number, 0.0)
-    supervisor.keep_routers(2)
-    assert sorted(supervisor.children) == ["router-1", "router-2"] and start(supervisor, 1.0) == []
-    supervisor.on_exit("router-2", "signal KILL", 2.0)
-    supervisor.keep_routers(2)
-    assert start(supervisor, 3.0) == ["router-2"]

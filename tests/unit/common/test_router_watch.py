@@ -33,3 +33,24 @@ def test_a_router_that_comes_back_in_time_starts_anew() -> None:
     assert not watch.lost([ONE], 11.0)
     watch.on_directory(directory(3, ONE, TWO))  # late
     assert watch.lost([ONE], 21.0) == {ONE}
+
+
+def test_a_router_that_speaks_lives_whatever_the_directory_says() -> None:
+    """It may have lost the monitor alone."""
+    watch = RouterWatch(10.0)
+    watch.on_directory(directory(1, TWO))
+    assert not watch.lost([ONE], 0.0)
+    watch.on_word(ONE)
+    assert not watch.lost([ONE], 9.0)
+    assert not watch.lost([ONE], 18.0)
+    assert watch.lost([ONE], 19.0) == {ONE}
+
+
+def test_what_a_lost_router_asks_for_later_is_given_as_much_time_again() -> None:
+    watch = RouterWatch(10.0)
+    watch.on_directory(directory(1, TWO))
+    watch.lost([ONE], 0.0)
+    assert watch.lost([ONE], 10.0) == {ONE}
+    assert not watch.lost([ONE], 10.1)
+    assert not watch.lost([ONE], 20.0)
+    assert watch.lost([ONE], 20.1) == {ONE}

@@ -2,9 +2,13 @@
 
 import pytest
 
+from common.config import ClusterConfig, DecodeConfig
 from common.ids import NO_RANK
 from common.messages import Welcome
 from tests.unit.monitor.driver import Driver
+
+# Six experts in slots of three: one rank has no room for all.
+TIGHT = ClusterConfig(decode=DecodeConfig(num_ranks=3, max_ranks=5, num_redundant_experts=3, num_staging_experts=1))
 
 
 @pytest.mark.parametrize(("back", "out"), [("unmask", "mask"), ("undrain", "drain")])
@@ -69,3 +73,34 @@ def test_a_newcomer_is_told_of_its_mask_until_it_has_left_its_slot() -> None:
     driver.fault("back", "unmask", rank=1)
     driver.advance(2.0)
     assert driver.ranks == [0, 1, 2] and driver.fault_status("back") == "done"
+
+
+def test_a_drain_is_off_when_a_loss_takes_the_room_for_all_experts() -> None:
+    """It would be refused now."""
+    driver = Driver(TIGHT)
+    puppets = driver.form()
+    driver.advance(1.0)
+    for puppet in puppets:
+        puppet.copies_experts = False
+    driver.fault("out", "drain", rank=1)
+    driver.advance(1.0)
+    assert driver.ranks == [0, 1, 2], "it is being emptied"
+    driver.exited(puppets[0])
+    assert driver.ranks == [1, 2] and "degraded" not in driver.kinds()
+    driver.enter("decode", "decode-0", "decode-0-b")
+    driver.advance(30.0)
+    assert driver.ranks == [0, 1, 2] and driver.fault_status("out") == "failed"
+
+
+def test_who_is_too_many_stays_as_long_as_its_room_is_needed() -> None:
+    driver = Driver(TIGHT)
+    puppets = driver.form()
+    driver.advance(1.0)
+    for puppet in puppets:
+        puppet.copies_experts = False
+    driver.fault("fewer", "scale", decode=2)
+    driver.advance(1.0)
+    assert driver.ranks == [0, 1, 2], "rank 2 is being emptied"
+    driver.exited(puppets[0])
+    driver.advance(1.0)
+    assert driver.ranks == [1, 2] and "degraded" not in driver.kinds()
