@@ -13,7 +13,7 @@ help:
 	@echo "make up            start a cluster on http://127.0.0.1:8000; Ctrl-C stops it"
 	@echo "make demo          kill a rank under sixteen streams and compare every token"
 	@echo "make test          what must pass: all tests without a GPU, Docker or a target of their own"
-	@echo "make test-faults   every fault against real processes, as a table of what clients saw (15 minutes)"
+	@echo "make test-faults   every fault against real processes, as a table of what clients saw (6 minutes)"
 	@echo "make test-compose  the containers, for real (needs a Docker engine)"
 	@echo "make test-namespaces  several hosts on this machine, links cut for real (needs root, ip and nft)"
 	@echo "make chaos         faults at random under load, from a seed; ARGS=\"--seed 1 --seconds 600\""
