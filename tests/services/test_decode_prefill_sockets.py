@@ -4,8 +4,8 @@ import asyncio
 import os
 import random
 import threading
-import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -234,22 +234,28 @@ async def test_pieces_computed_while_the_worker_ends_are_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The end of the worker waits for its thread, whose last pieces then wait in the loop."""
-    started, leaving, late_pieces = threading.Event(), threading.Event(), []
+    started, ending, late_pieces = threading.Event(), threading.Event(), []
     errors: list[dict[str, object]] = []
-    compute, push = PrefillEngine.compute, PrefillService._push
+    compute, push, run_until = PrefillEngine.compute, PrefillService._push, PrefillService._run_until
+
+    async def note_end(service: PrefillService, stop: asyncio.Event, executor: ThreadPoolExecutor) -> None:
+        try:
+            await run_until(service, stop, executor)
+        finally:
+            ending.set()  # what the loop does next is to wait for the thread
 
     def compute_late(engine: PrefillEngine, batch: list[Chunk], push: Callable[[Piece], None]) -> object:
         started.set()
-        leaving.wait(30)
-        time.sleep(0.2)  # by then the loop waits for this thread to end
+        assert ending.wait(30)
         return compute(engine, batch, push)
 
     def note_late(service: PrefillService, piece: Piece) -> None:
-        late_pieces.append(leaving.is_set())
+        late_pieces.append(ending.is_set())
         push(service, piece)
 
     monkeypatch.setattr(PrefillEngine, "compute", compute_late)
     monkeypatch.setattr(PrefillService, "_push", note_late)
+    monkeypatch.setattr(PrefillService, "_run_until", note_end)
     asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
     request = Request("r", tuple(range(40, 70)), max_tokens=20)
     config = msgspec.structs.replace(tiny_config(NUM_RANKS), prefill=PrefillConfig(chunk_tokens=16))
@@ -269,7 +275,6 @@ async def test_pieces_computed_while_the_worker_ends_are_no_error(
             )
         )
         await until(started.is_set)
-        leaving.set()
     assert late_pieces and all(late_pieces)
     assert not errors
 

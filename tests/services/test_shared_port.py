@@ -44,6 +44,10 @@ async def test_no_connection_is_lost_when_one_of_two_leaves() -> None:
     async with server("old") as (old, old_runner), server("new", old.number) as (new, new_runner):
         await old.open(old_runner)
         assert not old.has_others()
+        stopped = asyncio.Event()
+        stopped.set()
+        async with asyncio.timeout(1.0):
+            assert await old.wait_for_others(PATIENCE_S, stopped), "who is stopped waits for nobody"
         await new.open(new_runner)
         assert await old.wait_for_others(PATIENCE_S, asyncio.Event()) and new.has_others()
         leaving, answers = asyncio.create_task(old.leave(0.2)), set()
